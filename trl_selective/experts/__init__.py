@@ -1,0 +1,5 @@
+"""Where guidance comes from."""
+
+from trl_selective.experts.local import check_expert, load_expert
+
+__all__ = ["check_expert", "load_expert"]

@@ -1,0 +1,97 @@
+"""A frozen causal language model in this process that guides token by token.
+
+Policy and expert must share one vocabulary, id by id: the expert reads the policy's token ids, and the policy takes the expert's. Heads may be
+padded to different sizes (Qwen2.5-3B and 7B are), and one tokenizer may have more tokens than the other behind the last shared id.
+"""
+
+import warnings
+from collections.abc import Collection
+from typing import Any
+
+import torch
+from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
+
+
+def load_expert(
+    expert: str | PreTrainedModel,
+    device: torch.device,
+    *,
+    revision: str | None = None,
+    init_kwargs: dict[str, Any] | None = None,
+) -> PreTrainedModel:
+    """Load the expert if it is a name, freeze it, and put it on `device` in evaluation mode.
+
+    Args:
+        expert: Hub id, local path, or model. A model is frozen in place.
+        device: where rollouts are generated. A model with a device map or quantised weights stays where it was loaded.
+        revision: of a Hub id.
+        init_kwargs: for `AutoModelForCausalLM.from_pretrained`; `dtype` defaults to bfloat16 on accelerators and float32 on CPUs.
+
+    Raises:
+        ValueError: if `revision` or `init_kwargs` is given beside a model.
+    """
+    if isinstance(expert, str):
+        kwargs = {"dtype": torch.float32 if device.type == "cpu" else torch.bfloat16, **(init_kwargs or {})}
+        expert = AutoModelForCausalLM.from_pretrained(expert, revision=revision, **kwargs)
+    elif revision or init_kwargs:
+        raise ValueError(
+            f"expert_model is a {type(expert).__name__}, but expert_model_revision={revision!r} and expert_model_init_kwargs={init_kwargs!r} "
+            "say how to load one. Pass the expert as a name or path, or leave both unset."
+        )
+    expert = expert.requires_grad_(False).eval()
+    is_placed = hasattr(expert, "hf_device_map") or getattr(expert, "quantization_method", None) is not None
+    return expert if is_placed else expert.to(device)
+
+
+def load_expert_tokenizer(expert: PreTrainedModel) -> PreTrainedTokenizerBase | None:
+    """The tokenizer beside the expert's weights, or None (with a warning) if the model does not say where it came from."""
+    name = expert.config.name_or_path
+    if not name:
+        warnings.warn(
+            "The expert was built in memory, so its tokenizer is unknown and its vocabulary is taken to be the policy's. Pass "
+            "`expert_processing_class` to have it checked.",
+            stacklevel=2,
+        )
+        return None
+    return AutoTokenizer.from_pretrained(name)
+
+
+def check_expert(
+    expert: PreTrainedModel,
+    expert_tokenizer: PreTrainedTokenizerBase | None,
+    tokenizer: PreTrainedTokenizerBase,
+    eos_token_ids: Collection[int],
+) -> int:
+    """Make sure that expert and policy mean the same by a token id, and end completions alike.
+
+    Args:
+        expert: the expert.
+        expert_tokenizer: its tokenizer; None leaves the vocabulary unchecked.
+        tokenizer: the policy's.
+        eos_token_ids: ids that end a completion of the policy.
+
+    Returns:
+        Number of shared token ids: 0 to this are tokens of both.
+
+    Raises:
+        ValueError: if a token has two ids, or if the expert ends its answers with an id that does not end the policy's.
+    """
+    ours = tokenizer.get_vocab()
+    theirs = ours if expert_tokenizer is None else expert_tokenizer.get_vocab()
+    num_shared = 1 + min(max(ours.values()), max(theirs.values()))
+    for token, index in sorted(ours.items(), key=lambda item: item[1]):
+        if index < num_shared and theirs.get(token) != index:
+            raise ValueError(
+                f"The expert's tokenizer maps {token!r} to {theirs.get(token)} but the policy's maps it to {index}. Token-level guidance needs "
+                "one vocabulary: choose an expert of the policy's model family."
+            )
+    ends = expert.generation_config.eos_token_id if expert.generation_config else None
+    ends = {*(ends if isinstance(ends, list) else [ends])} | {getattr(expert_tokenizer, "eos_token_id", None)}
+    if foreign := sorted(ends - {None} - set(eos_token_ids)):
+        names = [tokenizer.convert_ids_to_tokens(i) for i in foreign]
+        raise ValueError(
+            f"The expert ends its answers with {names} (ids {foreign}), but the policy ends with ids {sorted(eos_token_ids)} only, so that "
+            "rollouts would run on behind the expert's end. Add them to the policy's `generation_config.eos_token_id`, or correct the "
+            "expert's."
+        )
+    return num_shared

@@ -1,0 +1,59 @@
+"""How much is each rollout worth? MENTOR (arXiv:2510.04140), Eq. 10-11.
+
+On-policy rollouts compete with one another, as in GRPO. A guided rollout is compared with the on-policy mean of its group and counts only
+if it is better: guided rows never move the policy's baseline, and a failed one is ignored, not punished.
+
+A reward of NaN marks a row that no reward function could score (TRL's convention): it is left out of mean and standard deviation, and its
+advantage is 0.
+"""
+
+from typing import Literal
+
+import torch
+from jaxtyping import Float
+from torch import Tensor
+
+STD_EPSILON = 1e-4  # TRL's: keeps groups without variance at exactly 0
+
+
+def on_policy_advantages(
+    rewards: Float[Tensor, "groups rows"], scale_rewards: Literal["group", "batch", "none"] = "group"
+) -> Float[Tensor, "groups rows"]:
+    """A = (R - mean_on) / std_on (Eq. 10), as TRL's GRPOTrainer computes it with all rows on-policy.
+
+    Args:
+        rewards: total reward of the on-policy rows of each group, NaN where unscorable.
+        scale_rewards: whose standard deviation divides: the group's (the paper), the whole batch's, or none's (Dr. GRPO, arXiv:2503.20783).
+    """
+    advantages = rewards - rewards.nanmean(dim=1, keepdim=True)
+    if scale_rewards == "group":
+        advantages = advantages / (nanstd(rewards, dim=1, keepdim=True) + STD_EPSILON)
+    elif scale_rewards == "batch":
+        advantages = advantages / (nanstd(rewards.flatten(), dim=0) + STD_EPSILON)
+    return advantages.nan_to_num(nan=0.0)
+
+
+def guided_advantages(
+    rewards: Float[Tensor, "groups rows"],
+    on_policy_rewards: Float[Tensor, "groups on_policy_rows"],
+    coef: float,
+    reward_range: float,
+) -> Float[Tensor, "groups rows"]:
+    """A = alpha max(R - mean_on, 0) / R_range (Eq. 11), in [0, alpha] when rewards span at most `reward_range`.
+
+    Args:
+        rewards: total reward of the guided rows of each group, NaN where unscorable.
+        on_policy_rewards: total reward of the on-policy rows of the same groups; they alone set the baseline.
+        coef: alpha >= 0, annealed to 0 during training.
+        reward_range: R_range > 0, the span of the total reward (not of this batch).
+    """
+    excess = (rewards - on_policy_rewards.nanmean(dim=1, keepdim=True)).clamp(min=0)
+    return (coef / reward_range * excess).nan_to_num(nan=0.0)
+
+
+def nanstd(values: Float[Tensor, "..."], dim: int, keepdim: bool = False) -> Float[Tensor, "..."]:
+    """Unbiased standard deviation over the entries that are not NaN; NaN where fewer than two are."""
+    count = (~values.isnan()).sum(dim, keepdim=True)
+    squared = (values - values.nanmean(dim, keepdim=True)).square().nansum(dim, keepdim=True)
+    std = torch.where(count > 1, (squared / (count - 1)).sqrt(), torch.nan)
+    return std if keepdim else std.squeeze(dim)

@@ -1,0 +1,108 @@
+"""The numbers of a guided batch: TRL's own metrics restricted to the policy's rollouts, and what guidance did.
+
+All inputs are global (gathered) tensors with groups contiguous and the guided rows last in each group, so that every process computes the
+same numbers.
+"""
+
+import torch
+from jaxtyping import Bool, Float, Int
+from torch import Tensor
+
+from trl_selective.functional.advantages import nanstd
+from trl_selective.rollout import GuidedRollout
+
+
+def policy_metrics(
+    rewards_per_func: Float[Tensor, "rows funcs"],
+    rewards: Float[Tensor, "groups on_policy_rows"],
+    reward_func_names: list[str],
+    lengths: Int[Tensor, "rows"],
+    is_truncated: Bool[Tensor, "rows"],
+) -> dict[str, float]:
+    """TRL's reward and completion-length metrics, under TRL's names, over on-policy rows only: curves that compare with plain GRPO.
+
+    Args:
+        rewards_per_func: of the on-policy rows, NaN where a function returned None.
+        rewards: their total reward, by group.
+        reward_func_names: TRL's names of the functions.
+        lengths, is_truncated: of the same rows, in tokens.
+    """
+    group_std = nanstd(rewards, dim=1)
+    terminated = lengths[~is_truncated].float() if (~is_truncated).any() else torch.zeros(1)
+    metrics = {
+        "reward": rewards.nanmean(),
+        "reward_std": nanstd(rewards.flatten(), dim=0),
+        "frac_reward_zero_std": torch.isclose(group_std, torch.zeros_like(group_std)).float().mean(),
+        "completions/mean_length": lengths.float().mean(),
+        "completions/min_length": lengths.min(),
+        "completions/max_length": lengths.max(),
+        "completions/clipped_ratio": is_truncated.float().mean(),
+        "completions/mean_terminated_length": terminated.mean(),
+        "completions/min_terminated_length": terminated.min(),
+        "completions/max_terminated_length": terminated.max(),
+    }
+    for i, name in enumerate(reward_func_names):
+        metrics[f"rewards/{name}/mean"] = rewards_per_func[:, i].nanmean()
+        metrics[f"rewards/{name}/std"] = nanstd(rewards_per_func[:, i], dim=0)
+    return {name: float(value) for name, value in metrics.items()}
+
+
+def reward_metrics(
+    on_policy: Float[Tensor, "groups on_policy_rows"],
+    guided: Float[Tensor, "groups guided_rows"],
+    correct_above: float,
+) -> dict[str, float]:
+    """Rewards of both kinds of rollouts apart, and the share of groups that guidance rescued.
+
+    Args:
+        on_policy, guided: total rewards.
+        correct_above: a rollout is correct when its reward exceeds this.
+    """
+    rescued = (guided > correct_above).any(1) & ~(on_policy > correct_above).any(1)
+    return {
+        "guidance/reward/on_policy": on_policy.nanmean().item(),
+        "guidance/reward/guided": guided.nanmean().item(),
+        "guidance/rescued_groups": rescued.float().mean().item(),
+    }
+
+
+def rollout_sums(rollout: GuidedRollout) -> dict[str, float]:
+    """What one process's rollouts add to the sums behind `rollout_metrics`."""
+    drawn = sum(map(sum, rollout.expert_drawn))
+    ratio = importance_ratio(rollout)
+    return {
+        "rows": len(rollout.completion_ids),
+        "tokens": rollout.num_tokens,
+        "weight": sum(map(sum, rollout.guidance_weights)),
+        "expert_drawn": drawn,
+        "drafted": rollout.num_drafted,
+        "accepted": rollout.num_tokens - drawn if rollout.num_drafted else 0,
+        "policy_forwards": rollout.policy_forwards,
+        "expert_forwards": rollout.expert_forwards,
+        "ratio": ratio.sum().item(),
+        "ratio_squared": ratio.square().sum().item(),
+    }
+
+
+def rollout_metrics(sums: dict[str, float]) -> dict[str, float]:
+    """How the guided rollouts came about, from `rollout_sums` added up over processes. Names as in the README."""
+    tokens = sums["tokens"]
+    metrics = {
+        "guidance/completions/mean_length": tokens / sums["rows"],
+        "guidance/weight": sums["weight"] / tokens,
+        "guidance/expert_drawn": sums["expert_drawn"] / tokens,
+        "guidance/policy_forwards_per_token": sums["policy_forwards"] / tokens,
+        "guidance/expert_forwards_per_token": sums["expert_forwards"] / tokens,
+        "guidance/importance_ratio/mean": sums["ratio"] / tokens,
+        "guidance/importance_ratio/ess": sums["ratio"] ** 2 / (tokens * sums["ratio_squared"]),
+    }
+    if sums["drafted"]:
+        metrics["guidance/acceptance_rate"] = sums["accepted"] / sums["drafted"]
+        metrics["guidance/draft_length"] = sums["drafted"] / sums["expert_forwards"]
+    return metrics
+
+
+def importance_ratio(rollout: GuidedRollout) -> Float[Tensor, "tokens"]:
+    """pi_theta / pi_mix of every token of all rows, in one line."""
+    logps = zip(rollout.policy_per_token_logps, rollout.sampling_per_token_logps, strict=True)
+    return torch.tensor([p - m for policy, mixed in logps for p, m in zip(policy, mixed, strict=True)]).double().exp()

@@ -1,0 +1,126 @@
+"""KV caches for rows that accept different numbers of tokens.
+
+Rejected tokens are not removed from a cache: their columns become *holes*, masked out in a 2-D attention mask, while explicit position ids
+count only the text of the row. Attention over such a cache is exact (the logits equal those of a fresh forward). When holes pile up the
+cache is repacked: the text of every row is moved to the right, as if it had been left-padded.
+"""
+
+import inspect
+
+import torch
+from jaxtyping import Float, Int
+from torch import Tensor, nn
+from transformers import DynamicCache, PretrainedConfig
+from transformers.cache_utils import DynamicLayer
+
+REPACK_ABOVE = 1.25  # columns per token of the longest row, beyond which a repack pays
+
+
+def can_forget_tokens(config: PretrainedConfig) -> bool:
+    """Whether the model's cache can mask out rejected tokens: full attention in every layer, no sliding window and no recurrent state."""
+    return all(type(layer) is DynamicLayer for layer in DynamicCache(config=config).layers)
+
+
+class CachedModel:
+    """A causal language model with the cache of the rows it is reading.
+
+    Attributes:
+        row_forwards: forward passes so far, counted per row.
+    """
+
+    def __init__(self, model: nn.Module, name: str):
+        self.model, self.name = model, name
+        self.cache = None
+        self.row_forwards = 0
+        forward = getattr(model, "get_base_model", lambda: model)().forward  # a PEFT wrapper hides the signature
+        self.accepted = inspect.signature(forward).parameters
+
+    def read(
+        self,
+        token_ids: Int[Tensor, "rows new"],
+        attention_mask: Int[Tensor, "rows columns"],
+        position_ids: Int[Tensor, "rows new"],
+        num_logits: int,
+    ) -> Float[Tensor, "rows num_logits vocab"]:
+        """Append `token_ids` to the cache and return the logits of the last `num_logits` of them. The mask covers cache and new tokens."""
+        optional = {"position_ids": position_ids, "logits_to_keep": num_logits}
+        output = self.model(
+            input_ids=token_ids,
+            attention_mask=attention_mask,
+            past_key_values=self.cache,
+            use_cache=True,
+            **{key: value for key, value in optional.items() if key in self.accepted},
+        )
+        self.cache = getattr(output, "past_key_values", None)
+        if self.cache is None:
+            raise ValueError(
+                f"The {self.name} ({type(self.model).__name__}) returned no `past_key_values`, but guided sampling needs a cache. Turn gradient "
+                "checkpointing off while sampling (`model.gradient_checkpointing_disable()`; the trainer does it by itself), and use a "
+                "model that caches in `past_key_values`."
+            )
+        self.row_forwards += len(token_ids)
+        return output.logits[:, -num_logits:]
+
+    def keep_rows(self, rows: Int[Tensor, "kept"]) -> None:
+        """Drop all other rows from the cache."""
+        self.cache.reorder_cache(rows)
+
+    def keep_columns(self, columns: Int[Tensor, "rows kept"]) -> None:
+        """Keep, for each row, these columns of the cache, in this order."""
+        for layer in self.cache.layers:
+            index = columns[:, None, :, None]
+            layer.keys = layer.keys.gather(2, index.expand(-1, layer.keys.shape[1], -1, layer.keys.shape[3]))
+            layer.values = layer.values.gather(2, index.expand(-1, layer.values.shape[1], -1, layer.values.shape[3]))
+
+
+class RaggedContext:
+    """What two models have read of each row: the mask over the columns of both caches, and the number of tokens behind it.
+
+    Both caches have the same columns. `mask` is 1 where a column holds text of the row, 0 for padding and holes.
+    """
+
+    def __init__(self, max_lengths: Int[Tensor, "rows"]):
+        self.max_lengths = (
+            max_lengths  # of prompt and completion: drafts beyond are dropped, and must not exceed a position table
+        )
+        self.lengths = torch.zeros_like(max_lengths)
+        self.mask = max_lengths.new_zeros(len(max_lengths), 0)
+
+    def extended(
+        self, block_mask: Int[Tensor, "rows new"]
+    ) -> tuple[Int[Tensor, "rows columns"], Int[Tensor, "rows new"]]:
+        """The mask with the columns of a block appended, and the position ids of the block."""
+        position_ids = (self.lengths[:, None] + block_mask.cumsum(-1) - 1).clamp(min=0)
+        position_ids = torch.minimum(position_ids, self.max_lengths[:, None] - 1)
+        return torch.cat([self.mask, block_mask], dim=1), position_ids
+
+    def next_position(self, position_ids: Int[Tensor, "rows new"]) -> Int[Tensor, "rows 1"]:
+        """The position id after a block."""
+        return torch.minimum(position_ids[:, -1:] + 1, self.max_lengths[:, None] - 1)
+
+    def append(self, block_mask: Int[Tensor, "rows new"]) -> None:
+        """The models have read a block; its columns with mask 0 are holes."""
+        self.mask = torch.cat([self.mask, block_mask], dim=1)
+        self.lengths = self.lengths + block_mask.sum(-1)
+
+    def keep_rows(self, rows: Int[Tensor, "kept"]) -> None:
+        self.mask, self.lengths, self.max_lengths = self.mask[rows], self.lengths[rows], self.max_lengths[rows]
+
+    def repacking(self) -> Int[Tensor, "rows kept"] | None:
+        """The columns to keep if the holes are worth removing, else None. Afterwards the mask is the repacked one."""
+        longest = int(self.lengths.max())
+        if self.mask.shape[1] <= REPACK_ABOVE * longest:
+            return None
+        columns = self.mask.argsort(dim=1, stable=True)[:, -longest:]  # zeros first, then the text in its order
+        self.mask = self.mask.gather(1, columns)
+        return columns
+
+
+def left_pad(
+    prompt_ids: list[list[int]], pad_token_id: int, device: torch.device
+) -> tuple[Int[Tensor, "rows columns"], Int[Tensor, "rows columns"]]:
+    """Prompts as one tensor, padded on the left, and the mask of their tokens."""
+    width = max(map(len, prompt_ids))
+    ids = torch.tensor([[pad_token_id] * (width - len(p)) + list(p) for p in prompt_ids], device=device)
+    mask = torch.tensor([[0] * (width - len(p)) + [1] * len(p) for p in prompt_ids], device=device)
+    return ids, mask

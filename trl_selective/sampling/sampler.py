@@ -1,0 +1,121 @@
+"""What the samplers share: their contract, and the laws of a position."""
+
+from abc import ABC, abstractmethod
+from collections.abc import Callable, Collection, Sequence
+
+import torch
+from jaxtyping import Float, Int
+from torch import Tensor, nn
+
+from trl_selective.functional.mixed_policy import constant_weight, guidance_weight, hard_gate
+from trl_selective.rollout import GuidedRollout
+from trl_selective.sampling.live_rows import LiveRows
+
+Weighting = Callable[[Float[Tensor, "*batch"], float, float], Float[Tensor, "*batch"]]
+WEIGHTINGS: dict[str, Weighting] = {
+    "entropy": guidance_weight,
+    "hard_gate": hard_gate,
+    "constant": constant_weight,
+}
+
+
+class GuidedSampler(ABC):
+    """Draws completions from pi_mix = (1 - w_t) pi_theta + w_t pi* (arXiv:2510.04140, Eq. 6).
+
+    Terms:
+        policy, expert: causal language models of one tokenizer. Their heads may be padded to different sizes: distributions are taken over
+            the ids that both have. The caller sets train or eval mode; nothing is changed here.
+        position: index of a completion token within its row, from 0.
+        pending: tokens of a row that neither model has read: the prompt at first, then the last token drawn.
+        block: what a model reads in one forward: the pending tokens, and drafts.
+
+    Args:
+        policy: gives pi_theta, and with it H_t and w_t.
+        expert: gives pi*.
+        weighting: how w follows from entropy, threshold and `max_weight`: "entropy" (the paper), "hard_gate", "constant", or a function of
+            these three.
+        max_weight: upper bound of w, in [0, 1].
+        vocab_size: ids from here on are never drawn; None for all that both heads have.
+        pad_token_id: any valid id, for padding.
+        expert_first_token: draw the first token of every completion from the expert alone, as the paper's released code does.
+    """
+
+    def __init__(
+        self,
+        policy: nn.Module,
+        expert: nn.Module,
+        *,
+        weighting: str | Weighting = "entropy",
+        max_weight: float = 1.0,
+        vocab_size: int | None = None,
+        pad_token_id: int = 0,
+        expert_first_token: bool = False,
+    ):
+        if isinstance(weighting, str) and weighting not in WEIGHTINGS:
+            raise ValueError(f"weighting must be one of {sorted(WEIGHTINGS)} or a function, got {weighting!r}.")
+        if not 0 <= max_weight <= 1:
+            raise ValueError(f"max_weight must lie in [0, 1], got {max_weight}.")
+        self.policy, self.expert = policy, expert
+        self.weighting = WEIGHTINGS[weighting] if isinstance(weighting, str) else weighting
+        self.max_weight = max_weight
+        heads = [model.config.get_text_config().vocab_size for model in (policy, expert)]
+        self.vocab_size = min(*heads, vocab_size or heads[0])
+        self.pad_token_id = pad_token_id
+        self.expert_first_token = expert_first_token
+
+    @torch.no_grad()
+    def sample(
+        self,
+        prompt_ids: Sequence[Sequence[int]],
+        *,
+        entropy_threshold: float,
+        max_completion_length: int,
+        eos_token_ids: Collection[int],
+        temperature: float = 1.0,
+    ) -> GuidedRollout:
+        """Draw one completion for each prompt.
+
+        Args:
+            prompt_ids: token ids of each prompt, without padding, at least one each.
+            entropy_threshold: gamma_p >= 0 in nats.
+            max_completion_length: tokens after which a completion ends at the latest, at least 1.
+            eos_token_ids: a completion ends with the first of these, which is part of it.
+            temperature: > 0, divides the logits of both models.
+
+        Raises:
+            ValueError: for arguments out of range, and if a model returns a distribution that is not finite.
+        """
+        empty = [row for row, prompt in enumerate(prompt_ids) if not len(prompt)]
+        if not len(prompt_ids) or empty:
+            raise ValueError(
+                f"Expected prompts of at least one token each, got {len(prompt_ids)} prompts, empty ones in rows {empty}."
+            )
+        if not (temperature > 0 and entropy_threshold >= 0 and max_completion_length >= 1):
+            raise ValueError(
+                "Expected temperature > 0, entropy_threshold >= 0 and max_completion_length >= 1, got "
+                f"{temperature}, {entropy_threshold} and {max_completion_length}."
+            )
+        live = LiveRows(self.policy, self.expert, prompt_ids, self.pad_token_id, max_completion_length, eos_token_ids)
+        while len(live):
+            self._advance(live, entropy_threshold, temperature)
+        return live.to_rollout()
+
+    @abstractmethod
+    def _advance(self, live: LiveRows, entropy_threshold: float, temperature: float) -> None:
+        """Draw at least one more token for every live row and commit it."""
+
+    def _probs(
+        self, logits: Float[Tensor, "rows positions head"], temperature: float
+    ) -> Float[Tensor, "rows positions vocab"]:
+        """Probabilities after temperature, in float32, over the ids that both heads have."""
+        return (logits[..., : self.vocab_size].float() / temperature).softmax(-1)
+
+    def _weight(
+        self,
+        entropies: Float[Tensor, "rows positions"],
+        entropy_threshold: float,
+        positions: Int[Tensor, "rows positions"],
+    ) -> Float[Tensor, "rows positions"]:
+        """The guidance weight w of each position."""
+        weight = self.weighting(entropies, entropy_threshold, self.max_weight)
+        return torch.where(positions == 0, 1.0, weight) if self.expert_first_token else weight

@@ -1,0 +1,38 @@
+"""The reference: both models read every token, and the next one is drawn from the mixture itself."""
+
+import torch
+
+from trl_selective.functional.mixed_policy import entropy, mixed_policy
+from trl_selective.sampling.draw import ACCEPT, DRAFT, inverse_cdf
+from trl_selective.sampling.live_rows import LiveRows
+from trl_selective.sampling.sampler import GuidedSampler
+
+
+class StepwiseSampler(GuidedSampler):
+    """Draws y_t ~ pi_mix directly, one forward of each model per token. Works with every cache, since nothing is ever taken back.
+
+    `expert_drawn` follows the law that drafting would give it: a token y of the mixture stems from a rejected draft with probability
+    (pi_mix(y) - pi_theta(y))+ / pi_mix(y).
+    """
+
+    def _advance(self, live: LiveRows, entropy_threshold: float, temperature: float) -> None:
+        positions = live.positions(1)
+        policy, expert = (
+            self._probs(live.read(model, live.pending, live.pending_mask, num_logits=1), temperature)
+            for model in (live.policy, live.expert)
+        )
+        entropies = entropy(policy)
+        weight = self._weight(entropies, entropy_threshold, positions)
+        mixed = mixed_policy(policy, expert, weight)
+        token = inverse_cdf(mixed, live.noise(positions, DRAFT))
+
+        mixed_prob, policy_prob = (p.gather(-1, token.unsqueeze(-1)).squeeze(-1) for p in (mixed, policy))
+        live.commit(
+            torch.ones_like(live.position),
+            token,
+            sampling_per_token_logps=mixed_prob.log(),
+            policy_per_token_logps=policy_prob.clamp(min=torch.finfo(policy_prob.dtype).tiny).log(),
+            guidance_weights=weight,
+            entropies=entropies,
+            expert_drawn=live.noise(positions, ACCEPT) < 1 - policy_prob / mixed_prob,
+        )
