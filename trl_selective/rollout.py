@@ -3,6 +3,9 @@
 import math
 from dataclasses import dataclass
 
+import torch
+from torch import Tensor
+
 
 @dataclass
 class GuidedRollout:
@@ -67,3 +70,11 @@ class GuidedRollout:
     def num_tokens(self) -> int:
         """Completion tokens of all rows."""
         return sum(map(len, self.completion_ids))
+
+    def log_ratios(self) -> list[Tensor]:
+        """log pi_theta - log pi_mix of each token: one float64 tensor per row."""
+        rows = zip(self.policy_per_token_logps, self.sampling_per_token_logps, strict=True)
+        return [
+            torch.tensor(policy, dtype=torch.float64) - torch.tensor(mixed, dtype=torch.float64)
+            for policy, mixed in rows
+        ]

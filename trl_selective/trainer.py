@@ -6,11 +6,8 @@ Nothing of TRL is copied: every override does its part before or after `super()`
 
 import copy
 import inspect
-import json
-import os
 import textwrap
 import warnings
-from dataclasses import dataclass
 from pathlib import Path
 
 import torch
@@ -20,13 +17,11 @@ from trl import GRPOTrainer
 from trl.models.utils import unwrap_model_for_generation
 
 from trl_selective.config import GUIDANCE_FIELDS, SelectiveGuidanceGRPOConfig
-from trl_selective.experts import check_expert, load_expert
-from trl_selective.experts.local import load_expert_tokenizer
-from trl_selective.functional.advantages import guided_advantages, on_policy_advantages
-from trl_selective.functional.importance import guided_importance_weight
-from trl_selective.functional.thresholds import EntropyHistogram
+from trl_selective.experts import check_expert, load_expert, load_expert_tokenizer
+from trl_selective.functional.advantages import guided_advantages, on_policy_advantages, total_reward
+from trl_selective.guided_batch import GuidedBatch
 from trl_selective.reporting.metrics import (
-    importance_ratio,
+    importance_ratio_p99,
     policy_metrics,
     reward_metrics,
     rollout_metrics,
@@ -34,29 +29,7 @@ from trl_selective.reporting.metrics import (
 )
 from trl_selective.rollout import GuidedRollout
 from trl_selective.sampling import make_sampler
-
-STATE_FILE = "guidance_state.json"
-
-
-@dataclass
-class GuidedBatch:
-    """What one generation batch of one process collects on its way through the hooks.
-
-    Attributes:
-        coef: alpha of this batch.
-        entropy_threshold: gamma_p of this batch, nats.
-        is_guided: for each local row.
-        completion_ids: of all local rows, in order.
-        rollout: the record of the guided rows.
-        rewards_per_func: (rows of all processes, functions), NaN where a function returned None.
-    """
-
-    coef: float
-    entropy_threshold: float
-    is_guided: list[bool]
-    completion_ids: list[list[int]] | None = None
-    rollout: GuidedRollout | None = None
-    rewards_per_func: torch.Tensor | None = None
+from trl_selective.threshold import STATE_FILE, EntropyThreshold, read_state, write_state
 
 
 class SelectiveGuidanceGRPOTrainer(GRPOTrainer):
@@ -140,6 +113,7 @@ class SelectiveGuidanceGRPOTrainer(GRPOTrainer):
 
         self._batch: GuidedBatch | None = None  # while a guided batch is generated and scored
         self._on_policy_mask: torch.Tensor | None = None  # while the loss of a micro-batch is computed
+        self._on_policy_entropies: torch.Tensor | None = None  # their sum and number in that micro-batch
         if self.num_guided_generations:
             self._set_up_guidance(expert_model, expert_processing_class)
 
@@ -169,14 +143,20 @@ class SelectiveGuidanceGRPOTrainer(GRPOTrainer):
             raise ValueError(
                 "num_guided_generations > 0 needs a text model, got a processor with images. Set it to 0 to train this model."
             )
+        if self.is_fsdp_enabled or (
+            self.is_deepspeed_enabled and self.accelerator.state.deepspeed_plugin.zero_stage == 3
+        ):
+            raise ValueError(
+                "num_guided_generations > 0 needs the whole policy on each process, got FSDP or DeepSpeed ZeRO-3, which shard it. Use DDP or "
+                "ZeRO-2, or train an adapter (PEFT)."
+            )
         self.reward_range = args.reward_range or self.reward_weights.abs().sum().item()
         self.expert_model = load_expert(
             expert_model,
             self.accelerator.device,
             revision=args.expert_model_revision,
-            init_kwargs={"trust_remote_code": True, **(args.expert_model_init_kwargs or {})}
-            if args.trust_remote_code
-            else args.expert_model_init_kwargs,
+            init_kwargs=args.expert_model_init_kwargs,
+            trust_remote_code=args.trust_remote_code,
         )
         tokenizer = expert_processing_class or load_expert_tokenizer(self.expert_model)
         self._sampler = make_sampler(
@@ -191,8 +171,13 @@ class SelectiveGuidanceGRPOTrainer(GRPOTrainer):
             pad_token_id=self._tokenizer.pad_token_id,
             expert_first_token=args.expert_first_token,
         )
-        self._entropy_threshold: float | None = args.entropy_threshold_init
-        self._entropies = self._new_histogram()
+        self._threshold = EntropyThreshold(
+            self.model.config.get_text_config().vocab_size,
+            quantile=args.entropy_quantile,
+            init=args.entropy_threshold_init,
+            floor=args.entropy_threshold_floor,
+            sum_over_processes=self._sum_over_processes,
+        )
         if args.preset is not None:
             settings = ", ".join(f"{name}={getattr(args, name)!r}" for name in sorted(GUIDANCE_FIELDS))
             self.accelerator.print(f"preset {args.preset!r}: {settings}")
@@ -204,8 +189,8 @@ class SelectiveGuidanceGRPOTrainer(GRPOTrainer):
             module.__dict__.pop("forward", None)  # TRL's fused head, whose closure still refers to the trained model
         return policy.requires_grad_(False).eval()
 
-    def _new_histogram(self, counts: torch.Tensor | None = None) -> EntropyHistogram:
-        return EntropyHistogram(vocab_size=self.model.config.get_text_config().vocab_size, counts=counts)
+    def _sum_over_processes(self, tensor: torch.Tensor) -> torch.Tensor:
+        return self.accelerator.reduce(tensor.to(self.accelerator.device), reduction="sum")
 
     # ---- Rollouts ----------------------------------------------------------------------------------------------------------------------
 
@@ -227,43 +212,26 @@ class SelectiveGuidanceGRPOTrainer(GRPOTrainer):
         self._metrics["train"]["guidance/coef"].append(coef)
         if coef == 0:
             return None
-        threshold = self._update_threshold()
+        # A constant weight has no threshold.
+        threshold = 0.0 if self.args.guidance_weighting == "constant" else self._threshold.measure()
         if threshold is None:
             return None
         self._metrics["train"]["guidance/entropy_threshold"].append(threshold)
-        num_on_policy = self.num_generations - self.num_guided_generations
-        is_guided = [row % self.num_generations >= num_on_policy for row in range(num_rows)]
-        return GuidedBatch(coef, threshold, is_guided)
+        return GuidedBatch(coef, threshold, self.num_generations, self.num_guided_generations, num_rows)
 
     def _guidance_coef(self) -> float:
         """alpha at this step."""
         return self.args.guidance_coef_schedule(self.state.max_steps)(self.state.global_step)
 
-    def _update_threshold(self) -> float | None:
-        """gamma_p from the entropies seen since the last batch, the same on all processes."""
-        if self.args.guidance_weighting == "constant":
-            return 0.0
-        measured = self._new_histogram(self._gathered_counts()).quantile(self.args.entropy_quantile)
-        if measured is not None:
-            self._entropy_threshold = max(measured, self.args.entropy_threshold_floor)
-            self._entropies = self._new_histogram()
-        return self._entropy_threshold
-
-    def _gathered_counts(self) -> torch.Tensor:
-        return self.accelerator.reduce(self._entropies.counts.to(self.accelerator.device), reduction="sum")
-
     def _generate_single_turn(self, *args, **kwargs):
         if self._batch is None:
             return super()._generate_single_turn(*args, **kwargs)
         call = inspect.signature(super()._generate_single_turn).bind(*args, **kwargs)
-        prompts = list(zip(call.arguments["prompt_ids"], self._batch.is_guided, strict=True))
-        call.arguments["prompt_ids"] = [ids for ids, is_guided in prompts if not is_guided]
-        call.arguments["num_generations"] = self.num_generations - self.num_guided_generations
-        on_policy, logprobs = super()._generate_single_turn(*call.args, **call.kwargs)
-        self._batch.rollout = self._sample_guided([ids for ids, is_guided in prompts if is_guided])
-
-        sources = iter(on_policy), iter(self._batch.rollout.completion_ids)
-        self._batch.completion_ids = [next(sources[is_guided]) for _, is_guided in prompts]
+        call.arguments["prompt_ids"], guided_prompt_ids = self._batch.split(call.arguments["prompt_ids"])
+        call.arguments["num_generations"] = self._batch.num_on_policy
+        completion_ids, logprobs = super()._generate_single_turn(*call.args, **call.kwargs)
+        self._batch.rollout = self._sample_guided(guided_prompt_ids)
+        self._batch.completion_ids = self._batch.merge(completion_ids, self._batch.rollout.completion_ids)
         return self._batch.completion_ids, logprobs
 
     def _sample_guided(self, prompt_ids: list[list[int]]) -> GuidedRollout:
@@ -297,21 +265,15 @@ class SelectiveGuidanceGRPOTrainer(GRPOTrainer):
 
     def _log_guided_column(self, num_rows: int) -> None:
         """Mark the guided rows in the completions table; also where there are none, since a column has an entry for every row."""
-        shares = [0.0] * num_rows
-        if self._batch is not None:
-            drawn = iter(self._batch.rollout.expert_drawn)
-            shares = [sum(row := next(drawn)) / len(row) if g else 0.0 for g in self._batch.is_guided]
-        self._log_completion_extra("guided", self._batch.is_guided if self._batch else [False] * num_rows)
-        self._log_completion_extra("expert_drawn", shares)
+        batch = self._batch
+        self._log_completion_extra("guided", batch.is_guided if batch else [False] * num_rows)
+        self._log_completion_extra("expert_drawn", batch.expert_drawn_shares() if batch else [0.0] * num_rows)
 
     def _apply_guidance(self, output: dict, batch: GuidedBatch) -> dict:
         """Replace TRL's advantages, and what it logged of this batch, by those of mixed-policy GRPO (Eq. 10-11)."""
-        rewards_per_func = batch.rewards_per_func
-        rewards = (rewards_per_func * self.reward_weights.to(rewards_per_func.device)).nansum(1)
-        rewards[rewards_per_func.isnan().all(1)] = torch.nan
-        num_on_policy = self.num_generations - self.num_guided_generations
-        on_policy, guided = rewards.view(-1, self.num_generations).split(
-            [num_on_policy, self.num_guided_generations], dim=1
+        rewards = total_reward(batch.rewards_per_func, self.reward_weights.to(batch.rewards_per_func.device))
+        on_policy, guided = rewards.view(-1, batch.num_generations).split(
+            [batch.num_on_policy, batch.num_guided], dim=1
         )
         advantages = torch.cat(
             [
@@ -320,30 +282,19 @@ class SelectiveGuidanceGRPOTrainer(GRPOTrainer):
             ],
             dim=1,
         ).flatten()
-        num_local = len(batch.is_guided)
-        local = advantages[self.accelerator.process_index * num_local :][:num_local]
+        local = advantages[self.accelerator.process_index * batch.num_rows :][: batch.num_rows]
         output["is_guided"] = torch.tensor(batch.is_guided, device=local.device)
         output["advantages"] = local
         if self.args.guided_importance_correction != "none":
-            output["advantages"] = local.unsqueeze(1) * self._importance_weights(batch, output["completion_ids"])
+            seq = output["completion_ids"].size(1)
+            weights = batch.importance_weights(
+                seq, self.args.guided_importance_correction, self.args.importance_ratio_max
+            )
+            output["advantages"] = local.unsqueeze(1) * weights.to(local.device)
 
         self._logs["advantages"].extend(advantages.tolist())  # as many as the deque holds
         self._log_batch(batch, on_policy, guided)
         return output
-
-    def _importance_weights(self, batch: GuidedBatch, completion_ids: torch.Tensor) -> torch.Tensor:
-        """(B, T) weights of guided tokens, 1 elsewhere."""
-        log_ratio = torch.zeros(completion_ids.shape)
-        mask = torch.zeros(completion_ids.shape, dtype=torch.bool)
-        rows = [row for row, is_guided in enumerate(batch.is_guided) if is_guided]
-        record = zip(rows, batch.rollout.policy_per_token_logps, batch.rollout.sampling_per_token_logps, strict=True)
-        for row, policy, mixed in record:
-            log_ratio[row, : len(mixed)] = torch.tensor(policy) - torch.tensor(mixed)
-            mask[row, : len(mixed)] = True
-        weights = guided_importance_weight(
-            log_ratio, mask, self.args.guided_importance_correction, self.args.importance_ratio_max
-        )
-        return weights.to(completion_ids.device)
 
     # ---- Loss --------------------------------------------------------------------------------------------------------------------------
 
@@ -354,14 +305,19 @@ class SelectiveGuidanceGRPOTrainer(GRPOTrainer):
         if "is_guided" in inputs:
             self._on_policy_mask &= ~inputs["is_guided"].unsqueeze(1)
         try:
-            return super()._compute_loss(model, inputs)
+            loss = super()._compute_loss(model, inputs)
         finally:
             self._on_policy_mask = None
+        total, count = self._sum_over_processes(self._on_policy_entropies).tolist()
+        self._metrics["train"]["entropy"][-1] = total / count if count else float("nan")
+        return loss
 
     def _get_per_token_logps_and_entropies(self, *args, **kwargs):
         logps, entropies, aux_loss = super()._get_per_token_logps_and_entropies(*args, **kwargs)
-        if self._on_policy_mask is not None and entropies is not None:
-            self._entropies.update(entropies, self._on_policy_mask)
+        mask = self._on_policy_mask
+        if mask is not None:
+            self._threshold.histogram.update(entropies, mask)
+            self._on_policy_entropies = torch.stack([entropies.detach().double()[mask].sum(), mask.sum().double()])
         return logps, entropies, aux_loss
 
     # ---- Logs --------------------------------------------------------------------------------------------------------------------------
@@ -373,63 +329,42 @@ class SelectiveGuidanceGRPOTrainer(GRPOTrainer):
         shape = torch.tensor([[len(ids), ids[-1] not in ends] for ids in batch.completion_ids], device=device)
         is_on_policy = ~torch.tensor(batch.is_guided, device=device).repeat(self.accelerator.num_processes)
         lengths, is_truncated = self.accelerator.gather(shape)[is_on_policy].unbind(1)
+        rewards_per_func = batch.rewards_per_func[is_on_policy]
         metrics = self._metrics["train"]
-        repaired = policy_metrics(
-            batch.rewards_per_func[is_on_policy], on_policy, self.reward_func_names, lengths, is_truncated.bool()
-        )
-        for name, value in repaired.items():
+        for name, value in policy_metrics(
+            rewards_per_func, on_policy, self.reward_func_names, lengths, is_truncated.bool()
+        ).items():
             metrics[name][-1] = value
 
         sums = rollout_sums(batch.rollout)
-        totals = self.accelerator.reduce(
-            torch.tensor(list(sums.values()), dtype=torch.float64, device=device), reduction="sum"
-        )
-        p99 = importance_ratio(batch.rollout).quantile(0.99).to(device)
-        added = {
+        totals = self._sum_over_processes(torch.tensor(list(sums.values()), dtype=torch.float64)).tolist()
+        p99 = torch.tensor(importance_ratio_p99(batch.rollout), device=device)
+        for name, value in {
             **reward_metrics(on_policy, guided, correct_above=self.reward_range / 2),
-            **rollout_metrics(dict(zip(sums, totals.tolist(), strict=True))),
-            "guidance/importance_ratio/p99": self.accelerator.gather(p99).mean().item(),
-        }
-        for name, value in added.items():
+            **rollout_metrics(dict(zip(sums, totals, strict=True))),
+            "guidance/importance_ratio/p99": self.accelerator.gather(p99).max().item(),
+        }.items():
             metrics[name].append(value)
 
     # ---- Checkpoints -------------------------------------------------------------------------------------------------------------------
 
     def _save_checkpoint(self, model, trial):
         super()._save_checkpoint(model, trial)
-        if not self.num_guided_generations:
-            return
-        counts = self._gathered_counts()
-        if self.args.should_save:
-            folder = Path(self._get_output_dir(trial=trial), f"{PREFIX_CHECKPOINT_DIR}-{self.state.global_step}")
-            seen = counts.nonzero().squeeze(1).tolist()
-            state = {
-                "entropy_threshold": self._entropy_threshold,
-                "entropy_counts": {index: counts[index].item() for index in seen},
-            }
-            partial = folder / f"{STATE_FILE}.partial"
-            partial.write_text(json.dumps(state))
-            os.replace(partial, folder / STATE_FILE)
+        if self.num_guided_generations:
+            state = self._threshold.state_dict()
+            if self.args.should_save:
+                folder = Path(self._get_output_dir(trial=trial), f"{PREFIX_CHECKPOINT_DIR}-{self.state.global_step}")
+                write_state(folder, state)
 
     def _load_optimizer_and_scheduler(self, checkpoint):
         super()._load_optimizer_and_scheduler(checkpoint)
         if not self.num_guided_generations or checkpoint is None:
             return
-        path = Path(checkpoint, STATE_FILE)
-        if not path.exists():
+        state = read_state(Path(checkpoint))
+        if state is None:
             warnings.warn(
-                f"{path} does not exist: the checkpoint was written without guidance, whose threshold starts fresh.",
+                f"{checkpoint} has no {STATE_FILE}: it was written without guidance, whose threshold starts fresh.",
                 stacklevel=2,
             )
-            return
-        try:
-            state = json.loads(path.read_text())
-            self._entropy_threshold = state["entropy_threshold"]
-            self._entropies = self._new_histogram()
-            if self.accelerator.is_main_process:  # the counts are the sum over processes
-                for index, count in state["entropy_counts"].items():
-                    self._entropies.counts[int(index)] = count
-        except (KeyError, ValueError, IndexError) as error:
-            raise ValueError(
-                f"{path} is damaged ({error!r}). Resume from an earlier checkpoint, or delete this file to start with a fresh threshold."
-            ) from error
+        else:
+            self._threshold.load_state_dict(state, is_main_process=self.accelerator.is_main_process)

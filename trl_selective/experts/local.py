@@ -18,6 +18,7 @@ def load_expert(
     *,
     revision: str | None = None,
     init_kwargs: dict[str, Any] | None = None,
+    trust_remote_code: bool = False,
 ) -> PreTrainedModel:
     """Load the expert if it is a name, freeze it, and put it on `device` in evaluation mode.
 
@@ -26,12 +27,14 @@ def load_expert(
         device: where rollouts are generated. A model with a device map or quantised weights stays where it was loaded.
         revision: of a Hub id.
         init_kwargs: for `AutoModelForCausalLM.from_pretrained`; `dtype` defaults to bfloat16 on accelerators and float32 on CPUs.
+        trust_remote_code: the default of the argument of that name.
 
     Raises:
         ValueError: if `revision` or `init_kwargs` is given beside a model.
     """
     if isinstance(expert, str):
         kwargs = {"dtype": torch.float32 if device.type == "cpu" else torch.bfloat16, **(init_kwargs or {})}
+        kwargs.setdefault("trust_remote_code", trust_remote_code)
         expert = AutoModelForCausalLM.from_pretrained(expert, revision=revision, **kwargs)
     elif revision or init_kwargs:
         raise ValueError(

@@ -12,10 +12,11 @@ Axes, used in every signature of the package:
 Probabilities are float32 or better: cast logits up before the softmax, not after.
 """
 
-from trl_selective.functional.advantages import guided_advantages, on_policy_advantages
+from trl_selective.functional.advantages import guided_advantages, on_policy_advantages, total_reward
 from trl_selective.functional.diversity import distinct_n, pairwise_overlap, pass_at_k
 from trl_selective.functional.importance import (
     effective_sample_size,
+    guided_importance_weight,
     masked_importance_weight,
     policy_shaping_weight,
     sequence_importance_weight,
@@ -44,6 +45,7 @@ __all__ = [
     "entropy",
     "guidance_weight",
     "guided_advantages",
+    "guided_importance_weight",
     "hard_gate",
     "join",
     "linear",
@@ -55,5 +57,6 @@ __all__ = [
     "policy_shaping_weight",
     "residual",
     "sequence_importance_weight",
+    "total_reward",
     "truncated_importance_weight",
 ]

@@ -51,6 +51,19 @@ def guided_advantages(
     return (coef / reward_range * excess).nan_to_num(nan=0.0)
 
 
+def total_reward(
+    rewards_per_func: Float[Tensor, "rows funcs"], reward_weights: Float[Tensor, "funcs"]
+) -> Float[Tensor, "rows"]:
+    """Weighted sum over the reward functions that scored a row; NaN if none did.
+
+    Args:
+        rewards_per_func: NaN where a function does not apply (it returned None).
+        reward_weights: one weight per function.
+    """
+    total = (rewards_per_func * reward_weights).nansum(dim=1)
+    return total.masked_fill(rewards_per_func.isnan().all(dim=1), torch.nan)
+
+
 def nanstd(values: Float[Tensor, "..."], dim: int, keepdim: bool = False) -> Float[Tensor, "..."]:
     """Unbiased standard deviation over the entries that are not NaN; NaN where fewer than two are."""
     count = (~values.isnan()).sum(dim, keepdim=True)

@@ -4,6 +4,8 @@ All inputs are global (gathered) tensors with groups contiguous and the guided r
 same numbers.
 """
 
+import math
+
 import torch
 from jaxtyping import Bool, Float, Int
 from torch import Tensor
@@ -104,5 +106,10 @@ def rollout_metrics(sums: dict[str, float]) -> dict[str, float]:
 
 def importance_ratio(rollout: GuidedRollout) -> Float[Tensor, "tokens"]:
     """pi_theta / pi_mix of every token of all rows, in one line."""
-    logps = zip(rollout.policy_per_token_logps, rollout.sampling_per_token_logps, strict=True)
-    return torch.tensor([p - m for policy, mixed in logps for p, m in zip(policy, mixed, strict=True)]).double().exp()
+    return torch.cat(rollout.log_ratios()).exp()
+
+
+def importance_ratio_p99(rollout: GuidedRollout) -> float:
+    """The ratio that 99 of 100 tokens do not exceed."""
+    ratio = importance_ratio(rollout)
+    return ratio.kthvalue(math.ceil(0.99 * ratio.numel())).values.item()

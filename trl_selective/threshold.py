@@ -1,0 +1,95 @@
+"""gamma_p while training (arXiv:2510.04140, section 3): measured on one batch, used for the next, equal on all processes, kept in checkpoints."""
+
+import json
+import os
+from collections.abc import Callable
+from pathlib import Path
+
+from torch import Tensor
+
+from trl_selective.functional.thresholds import EntropyHistogram
+
+STATE_FILE = "guidance_state.json"
+
+
+class EntropyThreshold:
+    """The entropy in nats from which on a token counts as uncertain: a quantile of the policy's own token entropies.
+
+    Args:
+        vocab_size: of the policy's head.
+        quantile: in [0, 1].
+        init: value before the first measurement; None if there is none until then.
+        floor: lower bound of a measured value.
+        sum_over_processes: adds a tensor up over all processes.
+
+    Attributes:
+        value: the threshold, or None.
+        histogram: entropies of this process since the last measurement.
+    """
+
+    def __init__(
+        self,
+        vocab_size: int,
+        *,
+        quantile: float,
+        init: float | None,
+        floor: float,
+        sum_over_processes: Callable[[Tensor], Tensor],
+    ):
+        self.vocab_size = vocab_size
+        self.quantile = quantile
+        self.value = init
+        self.floor = floor
+        self.sum_over_processes = sum_over_processes
+        self.histogram = EntropyHistogram(vocab_size)
+
+    def measure(self) -> float | None:
+        """Take the entropies seen since the last call into account. All processes call this together."""
+        total = EntropyHistogram(self.vocab_size, counts=self.sum_over_processes(self.histogram.counts))
+        measured = total.quantile(self.quantile)
+        if measured is not None:
+            self.value = max(measured, self.floor)
+            self.histogram = EntropyHistogram(self.vocab_size)
+        return self.value
+
+    def state_dict(self) -> dict:
+        """The state of all processes. All of them call this together."""
+        counts = self.sum_over_processes(self.histogram.counts)
+        seen = counts.nonzero().squeeze(1).tolist()
+        return {
+            "entropy_threshold": self.value,
+            "entropy_counts": {str(index): counts[index].item() for index in seen},
+        }
+
+    def load_state_dict(self, state: dict, *, is_main_process: bool) -> None:
+        """Continue from `state_dict()`. The main process alone takes over the counts, which are those of all."""
+        self.value = state["entropy_threshold"]
+        self.histogram = EntropyHistogram(self.vocab_size)
+        if is_main_process:
+            for index, count in state["entropy_counts"].items():
+                self.histogram.counts[int(index)] = count
+
+
+def write_state(folder: Path, state: dict) -> None:
+    """Write `state` into a checkpoint, whole or not at all."""
+    partial = folder / f"{STATE_FILE}.partial"
+    partial.write_text(json.dumps(state))
+    os.replace(partial, folder / STATE_FILE)
+
+
+def read_state(folder: Path) -> dict | None:
+    """The state in a checkpoint, or None if it was written without guidance.
+
+    Raises:
+        ValueError: if the file is damaged.
+    """
+    path = folder / STATE_FILE
+    if not path.exists():
+        return None
+    try:
+        state = json.loads(path.read_text())
+        return {name: state[name] for name in ("entropy_threshold", "entropy_counts")}
+    except (KeyError, TypeError, ValueError) as error:
+        raise ValueError(
+            f"{path} is damaged ({error!r}). Resume from an earlier checkpoint, or delete this file to start with a fresh threshold."
+        ) from error
