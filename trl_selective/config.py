@@ -28,7 +28,7 @@ DEFAULTS: dict[str, Any] = {
     "guided_importance_correction": "none",
     "importance_ratio_max": float("inf"),
     "mixture_policy": "current",
-    "expert_first_token": False,
+    "first_token_from_expert": False,
     "guided_sampler": "auto",
     "max_draft_length": 16,
 }
@@ -78,7 +78,7 @@ class SelectiveGuidanceGRPOConfig(GRPOConfig):
             Lower bound of the threshold in nats.
         mixture_policy (`str`, *optional*, defaults to `"current"`):
             The policy half of the mixture: `"current"`, or a frozen copy of the `"initial"` policy, as in the paper's released code.
-        expert_first_token (`bool`, *optional*, defaults to `False`):
+        first_token_from_expert (`bool`, *optional*, defaults to `False`):
             Draw the first token of each guided rollout from the expert alone, as in the paper's released code.
 
         > Parameters that control how strongly guided rollouts count (Eq. 9-11)
@@ -103,7 +103,7 @@ class SelectiveGuidanceGRPOConfig(GRPOConfig):
 
         guided_sampler (`str`, *optional*, defaults to `"auto"`):
             `"stepwise"` (both models at every token), `"speculative"` (the policy drafts, the expert verifies), or `"auto"`: speculative on
-            accelerators where both models have full attention, else stepwise.
+            accelerators, or where `draft_length` is set, if both models have full attention; else stepwise.
         draft_length (`int`, *optional*):
             Tokens drafted per round of the speculative sampler. When unset, chosen from the acceptance and the forward costs measured so
             far; set it where two runs must agree to the last bit.
@@ -138,7 +138,7 @@ class SelectiveGuidanceGRPOConfig(GRPOConfig):
     )
     entropy_threshold_floor: float | None = _option("Lower bound of the threshold in nats (default 0.0).")
     mixture_policy: str | None = _option("The policy half of the mixture (default current).", choices=MIXTURE_POLICIES)
-    expert_first_token: bool | None = _option(
+    first_token_from_expert: bool | None = _option(
         "Draw the first token of guided rollouts from the expert alone (default False)."
     )
 
@@ -273,7 +273,8 @@ class SelectiveGuidanceGRPOConfig(GRPOConfig):
             )
 
     def _warn_without_effect(self, explicit: set[str]) -> None:
-        """A setting without effect in the chosen mode is named once."""
+        """A setting without effect in the chosen mode is named once. One that says the default anyway is not worth a word."""
+        explicit = {name for name in explicit if getattr(self, name) != DEFAULTS.get(name)}
         idle = {
             "num_guided_generations=0": self.num_guided_generations == 0
             and GUIDANCE_FIELDS - {"num_guided_generations"},
@@ -282,6 +283,7 @@ class SelectiveGuidanceGRPOConfig(GRPOConfig):
             "guided_importance_correction='none'": self.guided_importance_correction == "none"
             and {"importance_ratio_max"},
             "guided_sampler='stepwise'": self.guided_sampler == "stepwise" and {"draft_length", "max_draft_length"},
+            f"draft_length={self.draft_length}": self.draft_length is not None and {"max_draft_length"},
         }
         for reason, names in idle.items():
             if names and (without_effect := sorted(explicit & names)):

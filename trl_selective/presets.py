@@ -24,7 +24,7 @@ PRESETS = {
         "mixture_policy": "initial",
         "entropy_threshold_init": 999.0,
         "entropy_threshold_floor": 1.5,
-        "expert_first_token": True,
+        "first_token_from_expert": True,
         "reward_range": 1.0,
     },
 }

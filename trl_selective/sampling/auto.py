@@ -14,12 +14,12 @@ def make_sampler(
     """The sampler called `name`: "stepwise", "speculative", or "auto".
 
     "auto" drafts where an expert forward of several tokens costs about as much as one of a single token: on accelerators. On a CPU it costs
-    its arithmetic, and stepwise is faster.
+    its arithmetic, and stepwise is faster. A given `draft_length` asks for drafts anywhere.
     """
     if name == "auto":
-        on_accelerator = next(policy.parameters()).device.type != "cpu"
-        can_draft = on_accelerator and all(can_forget_tokens(model.config) for model in (policy, expert))
-        name = "speculative" if can_draft else "stepwise"
+        wants_drafts = draft_length is not None or next(policy.parameters()).device.type != "cpu"
+        can_draft = all(can_forget_tokens(model.config) for model in (policy, expert))
+        name = "speculative" if wants_drafts and can_draft else "stepwise"
     if name == "speculative":
         return SpeculativeSampler(
             policy, expert, draft_length=draft_length, max_draft_length=max_draft_length, **kwargs

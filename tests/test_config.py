@@ -1,0 +1,174 @@
+"""What the config accepts, fills in, warns about and refuses, before any model is loaded."""
+
+import re
+import warnings
+
+import pytest
+from trl import GRPOConfig, TrlParser
+
+from trl_selective import SelectiveGuidanceGRPOConfig
+from trl_selective.config import DEFAULTS, GUIDANCE_FIELDS
+from trl_selective.presets import PRESETS
+
+GUIDED = {"num_generations": 8, "num_guided_generations": 4, "per_device_train_batch_size": 8, "bf16": False}
+
+
+def config(**settings):
+    return SelectiveGuidanceGRPOConfig("out", **{"bf16": False, **settings})
+
+
+def test_the_default_is_plain_grpo():
+    ours, theirs = config(), GRPOConfig("out", bf16=False)
+    assert ours.num_guided_generations == 0
+    differing = {name for name in vars(theirs) if getattr(ours, name) != getattr(theirs, name)}
+    assert differing <= {"logging_dir", "distributed_state"}
+
+
+def test_every_default_is_a_field_and_stays_the_default():
+    assert set(DEFAULTS) <= GUIDANCE_FIELDS
+    unset = config()
+    for name in GUIDANCE_FIELDS:
+        assert getattr(unset, name) == DEFAULTS.get(name)
+
+
+@pytest.mark.parametrize("preset", PRESETS)
+def test_a_preset_fills_what_is_unset_and_nothing_else(preset):
+    filled = config(
+        preset=preset, **{k: v for k, v in GUIDED.items() if k != "num_guided_generations" and k != "bf16"}
+    )
+    for name, value in PRESETS[preset].items():
+        assert getattr(filled, name) == value
+
+
+def test_an_explicit_setting_beats_the_preset_even_where_it_equals_the_default():
+    settings = config(preset="mentor_as_released", entropy_threshold_floor=0.0, num_generations=8)
+    assert settings.entropy_threshold_floor == 0.0  # the preset says 1.5
+    assert settings.entropy_threshold_init == 999.0
+
+
+def test_yaml_and_command_line_reach_the_fields(tmp_path):
+    (tmp_path / "run.yaml").write_text(
+        "output_dir: out\nbf16: false\npreset: mentor_corrected\nnum_generations: 8\nguidance_steps: 0.5\n"
+        "expert_model_init_kwargs: {dtype: float32}\n"
+    )
+    arguments = ["--config", str(tmp_path / "run.yaml"), "--guidance_weight_max", "0.8", "--entropy_quantile", "0.9"]
+    (parsed,) = TrlParser(SelectiveGuidanceGRPOConfig).parse_args_and_config(arguments)
+    assert parsed.guided_importance_correction == "token_truncate"
+    assert (parsed.guidance_weight_max, parsed.entropy_quantile, parsed.guidance_steps) == (0.8, 0.9, 0.5)
+    assert parsed.expert_model_init_kwargs == {"dtype": "float32"}
+    assert parsed.num_guided_generations == 4
+
+
+def test_a_config_survives_its_own_serialisation():
+    first = config(**GUIDED, guidance_weight_max=0.7)
+    kept = {name: value for name, value in first.to_dict().items() if name in GUIDANCE_FIELDS | {"preset"}}
+    again = config(**{**GUIDED, **kept})
+    assert all(getattr(again, name) == getattr(first, name) for name in GUIDANCE_FIELDS)
+
+
+# ---- alpha -----------------------------------------------------------------------------------------------------------------------------
+
+
+def test_the_papers_alpha_is_a_cosine_over_120_of_200_steps():
+    alpha = config(**GUIDED, preset="mentor").guidance_coef_schedule(max_steps=200)
+    # 0.6 of 200 steps are 120; half-way, (1 + cos(pi / 2)) / 2 = 0.5; a quarter in, (1 + cos(pi / 4)) / 2 = 0.8536
+    assert [round(alpha(step), 4) for step in (0, 30, 60, 120, 199)] == [1.0, 0.8536, 0.5, 0.0, 0.0]
+
+
+@pytest.mark.parametrize(
+    ("settings", "expected"),
+    [
+        ({"guidance_schedule": "linear", "guidance_steps": 10}, [2.0, 1.0, 0.0, 0.0]),
+        ({"guidance_schedule": "constant", "guidance_steps": 10}, [2.0, 2.0, 0.0, 0.0]),
+        ({"guidance_schedule": "constant", "guidance_steps": 0.5}, [2.0, 2.0, 0.0, 0.0]),
+        ({"guidance_schedule": "cosine", "guidance_steps": 0}, [0.0, 0.0, 0.0, 0.0]),
+    ],
+)
+def test_schedules_of_alpha(settings, expected):
+    alpha = config(**GUIDED, guidance_coef=2.0, **settings).guidance_coef_schedule(max_steps=20)
+    assert [alpha(step) for step in (0, 5, 10, 19)] == pytest.approx(expected)
+
+
+# ---- Errors ----------------------------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("settings", "message"),
+    [
+        ({"preset": "mentro"}, r"preset must be one of \['mentor', .*\], got 'mentro'"),
+        ({"guidance_weighting": "soft"}, r"guidance_weighting must be one of .*'hard_gate'.*, got 'soft'"),
+        ({"guidance_schedule": "exp"}, "guidance_schedule must be one of .*'cosine'.*, got 'exp'"),
+        ({"guided_importance_correction": "clip"}, "guided_importance_correction must be one of .*, got 'clip'"),
+        ({"guided_sampler": "fast"}, "guided_sampler must be one of .*'speculative'.*, got 'fast'"),
+        ({"mixture_policy": "old"}, "mixture_policy must be one of .*'initial'.*, got 'old'"),
+        ({"entropy_quantile": 80}, "entropy_quantile must lie in .*, got 80. It is a fraction: pass 0.8 for the 80th percentile"),
+        ({"entropy_quantile": -0.1}, r"entropy_quantile must lie in \[0, 1\], got -0.1\.$"),
+        ({"guidance_weight_max": 1.5}, r"guidance_weight_max must lie in \[0, 1\], got 1.5"),
+        ({"num_guided_generations": -1}, "num_guided_generations must be at least 0, got -1"),
+        ({"guidance_coef": -1.0}, "guidance_coef must be at least 0, got -1"),
+        ({"guidance_coef": float("nan")}, "guidance_coef must be at least 0, got nan"),
+        ({"guidance_steps": -5}, "guidance_steps must be at least 0, got -5"),
+        ({"entropy_threshold_floor": -1.0}, "entropy_threshold_floor must be at least 0, got -1"),
+        ({"draft_length": 0}, "draft_length must be at least 1, got 0"),
+        ({"max_draft_length": 0}, "max_draft_length must be at least 1, got 0"),
+        ({"reward_range": 0.0}, "reward_range must be positive, got 0"),
+        ({"importance_ratio_max": 0.0}, "importance_ratio_max must be positive, got 0"),
+        ({"num_guided_generations": 7}, "leaves 1 on-policy .*at least 2 are needed. Guide fewer rollouts or raise num_generations"),
+        ({"num_guided_generations": 8}, "leaves 0 on-policy"),
+        ({"top_p": 0.9}, "drawn from the full distribution, got top_p=0.9"),
+        ({"top_k": 50, "min_p": 0.1}, "drawn from the full distribution, got top_k=50, min_p=0.1"),
+        ({"repetition_penalty": 1.1}, "drawn from the full distribution, got repetition_penalty=1.1"),
+        ({"generation_kwargs": {"num_beams": 2}}, "Guided rollouts do not know generation_kwargs, got .*num_beams"),
+        ({"use_vllm": True}, "use_vllm=True cannot be combined with num_guided_generations > 0 yet"),
+        ({"multi_objective_aggregation": "normalize_then_sum"}, "normalises each reward over all rollouts.*Use 'sum_then_normalize'"),
+        ({"importance_sampling_level": "sequence", "guided_importance_correction": "token_mask"},
+         "one ratio per completion, but guided_importance_correction='token_mask' weighs single tokens"),
+        ({"mixture_policy": "initial", "guided_importance_correction": "token_truncate"},
+         "needs the probabilities of the current policy, but with mixture_policy='initial'"),
+    ],
+)  # fmt: skip
+def test_what_cannot_work_is_refused(settings, message):
+    with pytest.raises(ValueError, match=message):
+        config(**{**GUIDED, **settings})
+
+
+def test_a_group_must_not_be_split_over_processes(monkeypatch):
+    monkeypatch.setattr(SelectiveGuidanceGRPOConfig, "world_size", 2)
+    config(num_generations=8, per_device_train_batch_size=4)  # fine with GRPO: 2 * 4 rows are one group of 8
+    with pytest.raises(
+        ValueError, match=r"4 \* 1 = 4 is no multiple of num_generations=8: a group would be split over"
+    ):
+        config(**{**GUIDED, "per_device_train_batch_size": 4})
+
+
+@pytest.mark.parametrize("settings", [{"top_p": 0.9}, {"use_vllm": True}, {"num_generations": 2}])
+def test_without_guidance_nothing_of_it_is_refused(settings):
+    config(**settings)
+
+
+# ---- Warnings --------------------------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("settings", "message"),
+    [
+        ({"num_guided_generations": 0, "guidance_coef": 0.5}, "guidance_coef set, but without effect with num_guided_generations=0"),
+        ({"guidance_weighting": "constant", "entropy_quantile": 0.9}, "entropy_quantile set, but .* guidance_weighting='constant'"),
+        ({"importance_ratio_max": 2.0}, "importance_ratio_max set, but .* guided_importance_correction='none'"),
+        ({"guided_sampler": "stepwise", "draft_length": 4}, "draft_length set, but .* guided_sampler='stepwise'"),
+        ({"draft_length": 4, "max_draft_length": 8}, "max_draft_length set, but .* draft_length=4"),
+    ],
+)  # fmt: skip
+def test_a_setting_without_effect_warns_once(settings, message):
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always")
+        config(**{**GUIDED, **settings})
+    ours = [str(warning.message) for warning in caught if "without effect" in str(warning.message)]
+    assert len(ours) == 1
+    assert re.search(message, ours[0])
+
+
+def test_settings_with_effect_do_not_warn():
+    with warnings.catch_warnings():
+        warnings.simplefilter("error", UserWarning)
+        config(**GUIDED, guidance_steps=10, guided_sampler="speculative", draft_length=4)
