@@ -1,0 +1,73 @@
+"""What the documents say holds: their code runs, the settings they list exist with these defaults, their links lead somewhere."""
+
+import ast
+import re
+from pathlib import Path
+
+import pytest
+
+from trl_selective.config import DEFAULTS, GUIDANCE_FIELDS
+
+ROOT = Path(__file__).parents[1]
+README = ROOT / "README.md"
+PYTHON_BLOCK = re.compile(
+    r"(?:^<!-- not run: (?P<reason>[^\n]+) -->\n+)?^```python\n(?P<code>.*?)^```$", re.MULTILINE | re.DOTALL
+)
+FENCED_OR_CODE = re.compile(r"^```.*?^```$|`[^`\n]+`", re.MULTILINE | re.DOTALL)
+LINK = re.compile(r'\]\(<?([^)>\s]+)|(?:src|href)="([^"]+)"')
+
+
+@pytest.fixture
+def readme() -> str:
+    assert README.exists(), "README.md is missing"
+    return README.read_text()
+
+
+def test_python_blocks_run(readme, tmp_path, monkeypatch):
+    """In order and in one namespace, beside the models of the quickstart. `<!-- not run: reason -->` above a block: it must compile only."""
+    quickstart = tmp_path / "recipes" / "quickstart"
+    quickstart.mkdir(parents=True)
+    for name in ("policy", "expert"):
+        (quickstart / name).symlink_to(ROOT / "recipes" / "quickstart" / name)
+    monkeypatch.chdir(tmp_path)
+
+    namespace = {"__name__": "readme"}
+    for block in PYTHON_BLOCK.finditer(readme):
+        lines_above = readme.count("\n", 0, block.start("code"))  # so that a traceback names the line of the README
+        code = compile("\n" * lines_above + block["code"], README, "exec")
+        if not block["reason"]:
+            exec(code, namespace)
+
+
+def listed_defaults(document: str) -> dict[str, object]:
+    """Name -> default from the rows of all tables whose second column is called "default", e.g. "| `draft_length` | `None` | ... |"."""
+    defaults, in_table, previous = {}, False, ""
+    for line in document.splitlines():
+        cells = [cell.strip().strip("`") for cell in line.strip().strip("|").split("|")]
+        if not line.startswith("|"):
+            in_table = False
+        elif not previous.startswith("|"):
+            in_table = len(cells) > 1 and cells[1].lower() == "default"
+        elif in_table and set(cells[0]) - set(":-"):
+            assert cells[0] not in defaults, f"README.md lists {cells[0]} twice"
+            defaults[cells[0]] = float("inf") if cells[1] == "inf" else ast.literal_eval(cells[1])
+        previous = line
+    return defaults
+
+
+def test_settings_are_listed_with_their_defaults(readme):
+    expected = {name: DEFAULTS.get(name) for name in {*GUIDANCE_FIELDS, "preset"}}
+    assert listed_defaults(readme) == expected
+
+
+def test_relative_links_exist(project_files):
+    broken = []
+    for document in (path for path in project_files if path.suffix == ".md"):
+        prose = FENCED_OR_CODE.sub("", document.read_text())
+        targets = (markdown or html for markdown, html in LINK.findall(prose))
+        broken += [
+            f"{document.relative_to(ROOT)}: {target}"
+            for target in targets
+            if not re.match(r"[a-z]+:|#", target) and not (document.parent / target.split("#")[0]).exists()
+        ]
+    assert not broken
