@@ -13,7 +13,7 @@ from pathlib import Path
 import torch
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
-from trl import GRPOTrainer
+from trl import GRPOConfig, GRPOTrainer
 from trl.models.utils import unwrap_model_for_generation
 
 from trl_selective.config import GUIDANCE_FIELDS, SelectiveGuidanceGRPOConfig
@@ -85,7 +85,7 @@ class SelectiveGuidanceGRPOTrainer(GRPOTrainer):
         self,
         model: str | PreTrainedModel,
         reward_funcs=None,
-        args: SelectiveGuidanceGRPOConfig | None = None,
+        args: GRPOConfig | None = None,
         *trl_args,
         expert_model: str | PreTrainedModel | None = None,
         expert_processing_class: PreTrainedTokenizerBase | None = None,
@@ -126,7 +126,7 @@ class SelectiveGuidanceGRPOTrainer(GRPOTrainer):
                 "num_guided_generations > 0 needs an expert, got none. Pass `expert_model` to the trainer or set `expert_model_name_or_path`, "
                 "or set num_guided_generations=0 for plain GRPO."
             )
-        if expert_model is arguments["model"]:
+        if expert_model is arguments["model"] and not isinstance(expert_model, str):
             raise ValueError(
                 "expert_model is the very object that is trained, which freezing it would stop. Load it a second time, or pass its path."
             )

@@ -1,0 +1,453 @@
+"""Guided training through the front door: `trainer.train()` on real models, and what follows from it."""
+
+import copy
+import json
+import math
+import os
+import subprocess
+import sys
+
+import pytest
+import torch
+from peft import LoraConfig
+from transformers import AutoModelForCausalLM, AutoTokenizer
+
+from tests.training import EXPERT, POLICY, QUICKSTART, filler_reward, length_reward, make_trainer, path_dataset
+from trl_selective import SelectiveGuidanceGRPOTrainer
+from trl_selective.functional import EntropyHistogram, guided_advantages, on_policy_advantages
+
+LOSS_TYPES = ["grpo", "bnpo", "dr_grpo", "dapo", "cispo", "sapo", "luspo", "vespo"]
+
+
+class Watched(SelectiveGuidanceGRPOTrainer):
+    """Keeps what passes through the hooks."""
+
+    def __init__(self, *args, **kwargs):
+        self.batches, self.outputs, self.inputs, self.micro_batches = [], [], [], []
+        super().__init__(*args, **kwargs)
+
+    def _apply_guidance(self, output, batch):
+        self.batches.append(batch)
+        return super()._apply_guidance(output, batch)
+
+    def _generate_and_score_completions(self, inputs):
+        self.inputs.append(inputs)
+        self.outputs.append(dict(super()._generate_and_score_completions(inputs)))
+        return dict(self.outputs[-1])
+
+    def _compute_loss(self, model, inputs):
+        self.micro_batches.append(inputs)
+        return super()._compute_loss(model, inputs)
+
+
+def trained(folder, **changes):
+    trainer = make_trainer(folder, **{"trainer_class": Watched, **changes})
+    trainer.train()
+    return trainer
+
+
+def logged(trainer, name):
+    return [entry[name] for entry in trainer.state.log_history if name in entry]
+
+
+def same_parameters(first, second):
+    return all(torch.equal(first.state_dict()[name], value) for name, value in second.state_dict().items())
+
+
+# ---- Consequences ----------------------------------------------------------------------------------------------------------------------
+
+
+def test_the_policy_learns_from_the_expert_what_it_does_not_do_by_itself(tmp_path):
+    """Only the expert uses the filler word. Rewarded for it, the guided policy takes it up; alone it never finds it."""
+    run = {"reward_funcs": filler_reward, "max_steps": 12, "per_device_train_batch_size": 32, "learning_rate": 3e-3}
+    guided = trained(tmp_path / "guided", **run)
+    alone = trained(tmp_path / "alone", **run, guidance_coef=0.0)
+    assert sum(logged(alone, "reward")[-3:]) == 0
+    assert sum(logged(guided, "reward")[-3:]) / 3 > 0.3
+    assert logged(guided, "guidance/rescued_groups")[0] > 0.5
+
+
+def test_the_threshold_is_the_quantile_of_the_on_policy_entropies_one_batch_late(tmp_path):
+    trainer = trained(tmp_path, entropy_threshold_init=None, entropy_quantile=0.8, learning_rate=0.0, logging_steps=1)
+    assert (
+        "guidance/entropy_threshold" not in trainer.state.log_history[0]
+    )  # nothing was measured before the first batch
+    assert len(trainer.batches) == 2
+    first = trainer.outputs[0]  # all on-policy
+    assert "is_guided" not in first
+    ids = torch.cat([first["prompt_ids"], first["completion_ids"]], dim=1)
+    mask = torch.cat([first["prompt_mask"], first["completion_mask"]], dim=1)
+    logits = AutoModelForCausalLM.from_pretrained(POLICY)(input_ids=ids, attention_mask=mask).logits
+    probs = logits[:, first["prompt_ids"].size(1) - 1 : -1].double().softmax(-1)
+    entropies = torch.special.entr(probs).sum(-1)[first["completion_mask"].bool()]
+    width = EntropyHistogram(trainer.model.config.vocab_size).bin_width
+    assert logged(trainer, "guidance/entropy_threshold")[0] == pytest.approx(
+        entropies.quantile(0.8).item(), abs=2 * width
+    )
+
+
+def test_guided_rows_do_not_move_the_threshold(tmp_path):
+    """With one step a batch, the second threshold comes from the on-policy rows of the first batch alone."""
+    trainer = trained(tmp_path, learning_rate=0.0, max_steps=2, guidance_weighting="entropy")
+    first = trainer.outputs[0]
+    rows = ~first["is_guided"]
+    ids = torch.cat([first["prompt_ids"], first["completion_ids"]], dim=1)
+    mask = torch.cat([first["prompt_mask"], first["completion_mask"]], dim=1)
+    logits = trainer.model(input_ids=ids[rows], attention_mask=mask[rows]).logits
+    probs = logits[:, first["prompt_ids"].size(1) - 1 : -1].double().softmax(-1)
+    entropies = torch.special.entr(probs).sum(-1)[first["completion_mask"][rows].bool()]
+    width = EntropyHistogram(trainer.model.config.vocab_size).bin_width
+    assert logged(trainer, "guidance/entropy_threshold")[1] == pytest.approx(
+        entropies.quantile(0.95).item(), abs=2 * width
+    )
+    assert logged(trainer, "entropy")[0] == pytest.approx(
+        entropies.mean().item(), rel=1e-4
+    )  # TRL's metric means the policy
+
+
+def test_alpha_ends_guidance(tmp_path):
+    """Two guided steps, then plain GRPO: the expert is not called, and no row is guided."""
+    trainer = trained(tmp_path, max_steps=4, guidance_steps=2)
+    assert logged(trainer, "guidance/coef") == [1.0, 1.0, 0.0, 0.0]
+    assert len(trainer.batches) == 2
+    assert ["is_guided" in output for output in trainer.outputs] == [True, True, False, False]
+    assert len(logged(trainer, "guidance/weight")) == 2
+
+
+def test_evaluation_is_never_guided(tmp_path):
+    trainer = make_trainer(
+        tmp_path, trainer_class=Watched, max_steps=2, eval_strategy="steps", eval_steps=1, per_device_eval_batch_size=16,
+        init={"eval_dataset": path_dataset(8)}, log_completions=True,
+    )  # fmt: skip
+    trainer.train()
+    assert len(trainer.batches) == 2  # two training batches, and none of the four of evaluation
+    assert len(trainer.outputs) > 2
+    evaluations = [entry for entry in trainer.state.log_history if "eval_reward" in entry]
+    assert evaluations
+    assert not [name for entry in evaluations for name in entry if name.startswith("eval_guidance")]
+
+
+# ---- Whose rows, which advantages ------------------------------------------------------------------------------------------------------
+
+
+def test_the_last_rows_of_each_group_are_guided_and_weighed_by_equations_10_and_11(tmp_path):
+    trainer = trained(tmp_path, reward_funcs=length_reward, guidance_coef=0.5, reward_range=2.0, max_steps=1)
+    (output,), (batch,) = trainer.outputs, trainer.batches
+    assert output["is_guided"].tolist() == [False, False, True, True] * 4
+    decoded = trainer.processing_class.batch_decode(
+        output["completion_ids"] * output["completion_mask"], skip_special_tokens=True
+    )
+    rewards = torch.tensor(length_reward(decoded)).view(4, 4)
+    expected = torch.cat(
+        [on_policy_advantages(rewards[:, :2]), guided_advantages(rewards[:, 2:], rewards[:, :2], 0.5, 2.0)], dim=1
+    )
+    torch.testing.assert_close(output["advantages"].view(4, 4), expected, rtol=1e-5, atol=1e-6)
+    guided = output["completion_ids"][output["is_guided"]].tolist()
+    for row, ids in zip(guided, batch.rollout.completion_ids, strict=True):
+        assert row[: len(ids)] == ids
+
+
+@pytest.mark.parametrize("correction", ["token_truncate", "token_mask", "sequence_truncate", "sequence_mask"])
+def test_the_correction_multiplies_guided_tokens_by_pi_theta_over_pi_mix(tmp_path, correction):
+    trainer = trained(tmp_path, guided_importance_correction=correction, importance_ratio_max=1.2, max_steps=1,
+                      reward_funcs=length_reward)  # fmt: skip
+    (output,), (batch,) = trainer.outputs, trainer.batches
+    level, _, bound = correction.partition("_")
+    unweighted = output["advantages"][:, :1].clone()
+    on_policy = output["advantages"][~output["is_guided"]]
+    assert torch.equal(on_policy, on_policy[:, :1].expand_as(on_policy))  # their weight is 1
+    rewards = batch.rewards_per_func[:, 0].view(4, 4)
+    unweighted = guided_advantages(rewards[:, 2:], rewards[:, :2], 1.0, 1.0).flatten()
+    assert unweighted.max() > 0
+    rows = zip(output["advantages"][output["is_guided"]], unweighted, batch.rollout.policy_per_token_logps,
+               batch.rollout.sampling_per_token_logps, strict=True)  # fmt: skip
+    for weighted, advantage, policy, mixed in rows:
+        log_ratio = torch.tensor(policy) - torch.tensor(mixed)
+        ratio = log_ratio.exp() if level == "token" else log_ratio.sum().exp().expand(len(policy))
+        weight = ratio.clamp(max=1.2) if bound == "truncate" else torch.where(ratio <= 1.2, ratio, 0.0)
+        torch.testing.assert_close(weighted[: len(policy)], advantage * weight, rtol=1e-4, atol=1e-6)
+
+
+def test_flags_stay_with_their_rows_through_shuffling_and_splitting(tmp_path):
+    trainer = trained(
+        tmp_path, gradient_accumulation_steps=4, per_device_train_batch_size=4, num_iterations=2, max_steps=2
+    )
+    guided = {tuple(ids) for batch in trainer.batches for ids in batch.rollout.completion_ids}
+    flags = 0
+    for inputs in trainer.micro_batches:
+        for ids, mask, is_guided in zip(
+            inputs["completion_ids"], inputs["completion_mask"], inputs["is_guided"], strict=True
+        ):
+            if is_guided:
+                assert tuple(ids[mask.bool()].tolist()) in guided
+            flags += int(is_guided)
+    assert flags == sum(inputs["is_guided"].numel() for inputs in trainer.micro_batches) // 2
+
+
+# ---- Reductions ------------------------------------------------------------------------------------------------------------------------
+
+
+def test_an_expert_equal_to_the_policy_changes_no_draw(tmp_path):
+    """pi_mix = pi_theta whatever w: ratios of 1, nothing drawn by the expert."""
+    trainer = trained(
+        tmp_path, expert_model=POLICY, max_steps=1, guidance_weighting="constant", guidance_weight_max=0.5
+    )
+    rollout = trainer.batches[0].rollout
+    assert not any(map(any, rollout.expert_drawn))
+    assert torch.cat(rollout.log_ratios()).abs().max() < 1e-6
+    assert logged(trainer, "guidance/importance_ratio/mean") == pytest.approx([1.0], abs=1e-6)
+    assert logged(trainer, "guidance/importance_ratio/ess") == pytest.approx([1.0], abs=1e-6)
+
+
+@pytest.mark.parametrize("correction", ["token_truncate", "sequence_mask"])
+def test_with_w_0_a_correction_changes_nothing(tmp_path, correction):
+    """pi_mix = pi_theta, so every weight is 1: the same parameters as without a correction."""
+    run = {"guidance_weight_max": 0.0, "reward_funcs": length_reward}
+    without = trained(tmp_path / "without", **run)
+    corrected = trained(tmp_path / "with", **run, guided_importance_correction=correction)
+    for name, value in without.model.state_dict().items():
+        torch.testing.assert_close(corrected.model.state_dict()[name], value, rtol=1e-4, atol=1e-6)
+
+
+def test_with_w_1_the_expert_answers(tmp_path):
+    """pi_mix = pi*: guided rows succeed as often as the expert, nine times in ten."""
+    trainer = trained(tmp_path, guidance_weighting="constant", max_steps=1, per_device_train_batch_size=128)
+    assert logged(trainer, "guidance/weight") == [1.0]
+    assert logged(trainer, "guidance/reward/guided")[0] > 0.75
+    assert logged(trainer, "guidance/reward/on_policy")[0] < 0.1
+
+
+@pytest.mark.parametrize("loss_type", LOSS_TYPES)
+@pytest.mark.parametrize("correction", ["none", "token_truncate"])
+def test_every_loss_of_trl_trains_on_guided_rows(tmp_path, loss_type, correction):
+    trainer = trained(tmp_path, loss_type=loss_type, guided_importance_correction=correction, max_steps=2,
+                      reward_funcs=length_reward)  # fmt: skip
+    assert all(math.isfinite(value) for value in logged(trainer, "loss"))
+    assert not same_parameters(trainer.model, AutoModelForCausalLM.from_pretrained(POLICY))
+
+
+# ---- Metrics ---------------------------------------------------------------------------------------------------------------------------
+
+
+def test_trls_metrics_mean_the_policy(tmp_path):
+    """Recomputed from the completions: TRL's names over on-policy rows, ours over guided ones."""
+    trainer = trained(tmp_path, reward_funcs=[length_reward, filler_reward], reward_weights=[1.0, 0.5], max_steps=1,
+                      per_device_train_batch_size=32)  # fmt: skip
+    (output,), (batch,) = trainer.outputs, trainer.batches
+    entry = trainer.state.log_history[0]
+    total = batch.rewards_per_func @ torch.tensor([1.0, 0.5])
+    own, guided = total[~output["is_guided"]], total[output["is_guided"]]
+    lengths = output["completion_mask"].sum(1)
+    expected = {
+        "reward": own.mean(),
+        "reward_std": own.std(),
+        "rewards/length_reward/mean": batch.rewards_per_func[~output["is_guided"], 0].mean(),
+        "rewards/filler_reward/mean": batch.rewards_per_func[~output["is_guided"], 1].mean(),
+        "frac_reward_zero_std": (own.view(8, 2).std(1) == 0).float().mean(),
+        "completions/mean_length": lengths[~output["is_guided"]].float().mean(),
+        "completions/max_length": lengths[~output["is_guided"]].max(),
+        "guidance/reward/on_policy": own.mean(),
+        "guidance/reward/guided": guided.mean(),
+        "guidance/completions/mean_length": lengths[output["is_guided"]].float().mean(),
+        # correct means more than half of the range, 1 + 0.5
+        "guidance/rescued_groups": ((guided.view(8, 2) > 0.75).any(1) & ~(own.view(8, 2) > 0.75).any(1))
+        .float()
+        .mean(),
+        "guidance/weight": torch.cat([torch.tensor(w) for w in batch.rollout.guidance_weights]).mean(),
+        "guidance/coef": torch.tensor(1.0),
+        "guidance/policy_forwards_per_token": torch.tensor(1.0),  # stepwise
+        "guidance/expert_forwards_per_token": torch.tensor(1.0),
+    }
+    assert {name: entry[name] for name in expected} == pytest.approx(
+        {name: value.item() for name, value in expected.items()}, rel=1e-4
+    )
+    assert 0 < entry["guidance/expert_drawn"] < entry["guidance/weight"]
+    assert entry["guidance/importance_ratio/p99"] > 1
+
+
+def test_the_completions_table_says_who_was_guided(tmp_path):
+    trainer = trained(tmp_path, max_steps=2, log_completions=True, guidance_steps=1)
+    columns = trainer._logs["extra"]
+    assert len(columns["guided"]) == len(trainer._logs["completion"]) == len(trainer._logs["advantages"])
+    assert not any(columns["guided"])  # the last batch is plain GRPO
+
+
+def test_advantages_of_the_completions_table_are_those_of_the_loss(tmp_path):
+    trainer = trained(tmp_path, max_steps=1, log_completions=True, reward_funcs=length_reward)
+    assert list(trainer._logs["advantages"]) == pytest.approx(trainer.outputs[0]["advantages"].tolist())
+    assert list(trainer._logs["extra"]["guided"]) == trainer.outputs[0]["is_guided"].tolist()
+
+
+# ---- Models and modes ------------------------------------------------------------------------------------------------------------------
+
+
+def test_the_speculative_sampler_in_the_trainer(tmp_path):
+    trainer = trained(tmp_path, guided_sampler="speculative", draft_length=3)
+    assert all(0 < value <= 1 for value in logged(trainer, "guidance/acceptance_rate"))
+    assert all(1 <= value <= 3 for value in logged(trainer, "guidance/draft_length"))
+
+
+def test_a_chosen_draft_length_reaches_training(tmp_path):
+    trainer = trained(tmp_path, guided_sampler="speculative", max_draft_length=5)
+    assert all(1 <= value <= 5 for value in logged(trainer, "guidance/draft_length"))
+
+
+@pytest.mark.parametrize("sampler", ["stepwise", "speculative"])
+def test_mixed_precision_and_gradient_checkpointing(tmp_path, sampler):
+    """As TRL trains by default. The record agrees with the loss's own log-probs to what bfloat16 resolves."""
+    trainer = trained(tmp_path, bf16=True, gradient_checkpointing=True, guided_sampler=sampler, max_steps=2)
+    assert all(math.isfinite(value) for value in logged(trainer, "loss"))
+    assert trainer.model.is_gradient_checkpointing
+    assert trainer.model.training
+
+
+def test_an_adapter_is_trained_and_its_base_is_not(tmp_path):
+    adapter = LoraConfig(r=4, target_modules=["q_proj", "v_proj"], task_type="CAUSAL_LM", init_lora_weights=False)
+    trainer = make_trainer(tmp_path, trainer_class=Watched, init={"peft_config": adapter}, reward_funcs=length_reward)
+    before = copy.deepcopy(trainer.model.state_dict())
+    trainer.train()
+    changed = {name for name, value in trainer.model.state_dict().items() if not torch.equal(value, before[name])}
+    assert changed
+    assert all("lora" in name for name in changed)
+    assert len(trainer.batches) == 3
+
+
+def test_the_initial_policy_stays_in_the_mixture(tmp_path):
+    """`mentor_as_released`: what is mixed is the starting checkpoint, however far training has moved."""
+    trainer = make_trainer(tmp_path, trainer_class=Watched, preset="mentor_as_released", learning_rate=1e-2, max_steps=3,
+                           reward_funcs=length_reward, entropy_threshold_init=None, num_guided_generations=2,
+                           guidance_schedule="constant")  # fmt: skip
+    trainer.train()
+    assert trainer._sampler.policy is not trainer.model
+    assert same_parameters(trainer._sampler.policy, AutoModelForCausalLM.from_pretrained(POLICY))
+    assert not same_parameters(trainer.model, trainer._sampler.policy)
+    ids = torch.tensor([[3, 9, 20]])
+    fresh = AutoModelForCausalLM.from_pretrained(POLICY)
+    torch.testing.assert_close(trainer._sampler.policy(ids).logits, fresh(ids).logits)
+    for batch in trainer.batches:
+        assert all(row[0] == 1.0 for row in batch.rollout.guidance_weights)  # the first token is the expert's
+
+
+def test_a_preset_is_printed_in_full(tmp_path, capsys):
+    make_trainer(tmp_path, preset="mentor_corrected", num_generations=8)
+    printed = capsys.readouterr().out
+    assert "preset 'mentor_corrected'" in printed
+    assert "guidance_weight_max=0.9" in printed
+    assert "guided_importance_correction='token_truncate'" in printed
+
+
+def test_the_expert_is_frozen_and_no_part_of_the_policy(tmp_path):
+    trainer = trained(tmp_path, reward_funcs=length_reward)
+    assert not trainer.expert_model.training
+    assert not any(parameter.requires_grad for parameter in trainer.expert_model.parameters())
+    assert same_parameters(trainer.expert_model, AutoModelForCausalLM.from_pretrained(EXPERT))
+    assert all(module is not trainer.expert_model for module in trainer.model.modules())
+    optimised = {id(parameter) for group in trainer.optimizer.param_groups for parameter in group["params"]}
+    assert not optimised & {id(parameter) for parameter in trainer.expert_model.parameters()}
+
+
+def test_an_expert_given_as_a_model(tmp_path):
+    expert = AutoModelForCausalLM.from_pretrained(EXPERT)
+    trainer = trained(tmp_path, expert_model=expert, max_steps=1)
+    assert trainer.expert_model is expert
+    assert len(trainer.batches) == 1
+
+
+def test_the_model_card_names_the_method(tmp_path):
+    trainer = trained(tmp_path, max_steps=1)
+    trainer.create_model_card(model_name="guided")
+    card = (tmp_path / "README.md").read_text()
+    assert "2510.04140" in card
+    assert "selective-guidance" in card
+
+
+# ---- Errors before training ------------------------------------------------------------------------------------------------------------
+
+
+def other_tokenizer(folder):
+    """The policy's tokenizer with two ids swapped."""
+    AutoTokenizer.from_pretrained(POLICY).save_pretrained(folder)
+    content = json.loads((folder / "tokenizer.json").read_text())
+    vocabulary = content["model"]["vocab"]
+    vocabulary["U"], vocabulary["D"] = vocabulary["D"], vocabulary["U"]
+    (folder / "tokenizer.json").write_text(json.dumps(content))
+    return AutoTokenizer.from_pretrained(folder)
+
+
+def test_guidance_needs_an_expert(tmp_path):
+    with pytest.raises(ValueError, match="num_guided_generations > 0 needs an expert, got none"):
+        make_trainer(tmp_path, expert_model=None)
+
+
+def test_the_policy_cannot_guide_itself(tmp_path):
+    model = AutoModelForCausalLM.from_pretrained(POLICY)
+    with pytest.raises(ValueError, match="expert_model is the very object that is trained"):
+        make_trainer(tmp_path, model=model, expert_model=model)
+
+
+def test_another_vocabulary_is_refused(tmp_path):
+    with pytest.raises(ValueError, match="expert's tokenizer maps 'U' to 39 but the policy's maps it to 38"):
+        make_trainer(tmp_path, init={"expert_processing_class": other_tokenizer(tmp_path)})
+
+
+@pytest.mark.parametrize("name", ["tools", "rollout_func", "environment_factory"])
+def test_what_generates_in_other_ways_is_refused(tmp_path, name):
+    with pytest.raises(ValueError, match=f"`{name}` cannot be combined with num_guided_generations > 0"):
+        make_trainer(tmp_path, init={name: [print] if name == "tools" else print})
+
+
+def test_init_kwargs_need_a_name(tmp_path):
+    expert = AutoModelForCausalLM.from_pretrained(EXPERT)
+    with pytest.raises(ValueError, match="Pass the expert as a name or path, or leave both unset"):
+        make_trainer(tmp_path, expert_model=expert, expert_model_init_kwargs={"dtype": "float32"})
+
+
+def test_an_expert_without_guidance_is_named(tmp_path):
+    with pytest.warns(UserWarning, match="An expert is given, but without effect: num_guided_generations is 0"):
+        make_trainer(tmp_path, num_guided_generations=0, init={"expert_model": EXPERT})
+
+
+def test_a_distribution_that_is_not_finite_stops_training(tmp_path):
+    expert = AutoModelForCausalLM.from_pretrained(EXPERT)
+    torch.nn.init.constant_(expert.lm_head.weight, torch.nan)
+    trainer = make_trainer(tmp_path, expert_model=expert)
+    with pytest.raises(ValueError, match="distribution that is not finite"):
+        trainer.train()
+    assert trainer._batch is None
+
+
+# ---- Processes -------------------------------------------------------------------------------------------------------------------------
+
+TWO_PROCESSES = """
+import json, sys
+from tests.training import make_trainer
+trainer = make_trainer(sys.argv[1], max_steps=3, per_device_train_batch_size=8, entropy_threshold_init=None)
+trainer.train()
+entries = [e for e in trainer.state.log_history if "guidance/entropy_threshold" in e]
+rank = trainer.accelerator.process_index
+weight = trainer.accelerator.unwrap_model(trainer.model).lm_head.weight
+record = {"thresholds": [trainer._threshold.value], "sum": weight.double().sum().item(), "logs": entries}
+json.dump(record, open(f"{sys.argv[1]}/rank{rank}.json", "w"))
+"""
+
+
+def test_two_processes_agree_on_threshold_and_parameters(tmp_path):
+    script = tmp_path / "train.py"
+    script.write_text(TWO_PROCESSES)
+    command = [
+        sys.executable,
+        "-m",
+        "torch.distributed.run",
+        "--standalone",
+        "--nproc_per_node=2",
+        str(script),
+        str(tmp_path),
+    ]
+    root = str(QUICKSTART.parents[1])
+    result = subprocess.run(command, cwd=root, env={**os.environ, "PYTHONPATH": root}, capture_output=True, text=True)
+    assert result.returncode == 0, result.stderr[-3000:]
+    first, second = (json.loads((tmp_path / f"rank{rank}.json").read_text()) for rank in (0, 1))
+    assert first["thresholds"] == second["thresholds"]
+    assert first["thresholds"][0] > 0
+    assert first["sum"] == second["sum"]
+    assert len(first["logs"]) == 2  # the first batch measures

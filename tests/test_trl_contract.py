@@ -1,0 +1,114 @@
+"""The private names of TRL that trainer.py relies on. If one of these fails after an update of TRL, revisit the line of trainer.py it names."""
+
+import inspect
+
+import pytest
+import torch
+from trl import GRPOTrainer
+from trl.models.utils import unwrap_model_for_generation
+
+from tests.training import length_reward, make_plain_trainer
+from trl_selective import SelectiveGuidanceGRPOTrainer
+
+HOOKS = {
+    "_generate_and_score_completions": ("self", "inputs"),
+    "_calculate_rewards": ("self", "inputs", "prompts", "completions", "completion_ids_list"),
+    "_compute_loss": ("self", "model", "inputs"),
+    "_log_completion_extra": ("self", "column", "values"),
+    "_save_checkpoint": ("self", "model", "trial"),
+    "_load_optimizer_and_scheduler": ("self", "checkpoint"),
+    "_get_output_dir": ("self", "trial"),
+}
+
+
+@pytest.fixture(scope="module")
+def trainer(tmp_path_factory):
+    return make_plain_trainer(tmp_path_factory.mktemp("trl"), GRPOTrainer, reward_funcs=length_reward)
+
+
+@pytest.mark.parametrize("name", HOOKS)
+def test_signatures_of_the_hooks(name):
+    """trainer.py: the override of the same name."""
+    assert tuple(inspect.signature(getattr(GRPOTrainer, name)).parameters) == HOOKS[name]
+
+
+def test_the_hooks_that_are_bound_by_name():
+    """trainer.py: `_generate_single_turn` replaces these two arguments; `_get_per_token_logps_and_entropies` unpacks three results."""
+    parameters = inspect.signature(GRPOTrainer._generate_single_turn).parameters
+    assert {"prompt_ids", "num_generations"} <= set(parameters)
+    assert "compute_entropy" in inspect.signature(GRPOTrainer._get_per_token_logps_and_entropies).parameters
+
+
+def test_every_override_exists_in_trl():
+    """A hook that TRL renames would be a method that nobody calls."""
+    own = {"_check_supported", "_set_up_guidance", "_initial_policy", "_sum_over_processes", "_plan_batch", "_guidance_coef",
+           "_sample_guided", "_log_guided_column", "_apply_guidance", "_log_batch"}  # fmt: skip
+    ours = {name for name, value in vars(SelectiveGuidanceGRPOTrainer).items() if inspect.isfunction(value)} - own
+    assert {name for name in ours if not hasattr(GRPOTrainer, name)} == {"_check_supported"} - own
+    assert not {name for name in own if hasattr(GRPOTrainer, name)}  # and ours must not shadow one of theirs
+
+
+@pytest.mark.parametrize(
+    ("attribute", "kind"),
+    [
+        ("_tokenizer", object),
+        ("_is_vlm", bool),
+        ("_dist", object),
+        ("_metrics", dict),
+        ("_logs", dict),
+        ("eos_token_ids", list),
+        ("max_completion_length", int),
+        ("num_generations", int),
+        ("temperature", float),
+        ("scale_rewards", str),
+        ("reward_weights", torch.Tensor),
+        ("reward_func_names", list),
+        ("is_fsdp_enabled", bool),
+        ("is_deepspeed_enabled", bool),
+        ("model_wrapped", object),
+    ],
+)
+def test_attributes(trainer, attribute, kind):
+    """trainer.py: `_set_up_guidance`, `_sample_guided`, `_apply_guidance` and `_log_batch` read them."""
+    assert isinstance(getattr(trainer, attribute), kind)
+
+
+def test_generation_context(trainer):
+    """trainer.py: `_sample_guided` samples with the weights and in the mode that TRL samples."""
+    assert "gather_deepspeed3_params" in inspect.signature(unwrap_model_for_generation).parameters
+    with trainer._dist.summon_full_params(trainer.model_wrapped, recurse=False):
+        pass
+
+
+def test_what_is_repaired_is_what_trl_logs(trainer):
+    """trainer.py: `_log_batch` overwrites the last entry of these, and `_compute_loss` that of `entropy`."""
+    trainer.train()
+    logged = set(trainer.state.log_history[0])
+    lengths = {f"completions/{kind}_length" for kind in ("mean", "min", "max")}
+    terminated = {f"completions/{kind}_terminated_length" for kind in ("mean", "min", "max")}
+    rewards = {
+        "reward",
+        "reward_std",
+        "frac_reward_zero_std",
+        "rewards/length_reward/mean",
+        "rewards/length_reward/std",
+    }
+    assert rewards | lengths | terminated | {"completions/clipped_ratio", "entropy"} <= logged
+
+
+def test_the_loss_takes_one_advantage_per_token(trainer):
+    """trainer.py: `_apply_guidance` returns (B, T) advantages with an importance correction. Spread over the tokens, they change nothing."""
+    trainer.model.train()
+    inputs = trainer._prepare_inputs(next(iter(trainer.get_train_dataloader())))
+    per_row = trainer._compute_loss(trainer.model, inputs)
+    spread = inputs["advantages"].unsqueeze(1).expand(inputs["completion_ids"].shape)
+    per_token = trainer._compute_loss(trainer.model, {**inputs, "advantages": spread})
+    torch.testing.assert_close(per_token, per_row, rtol=1e-6, atol=1e-7)
+
+
+def test_rows_lie_in_whole_groups_in_order(trainer):
+    """trainer.py: `_plan_batch` guides the last rows of each group of `num_generations` consecutive rows."""
+    rows = next(iter(trainer.get_train_dataloader()))
+    prompts = [row["prompt"] for row in rows]
+    assert all(prompts[i] == prompts[i - i % trainer.num_generations] for i in range(len(prompts)))
+    assert len(set(prompts)) == len(prompts) // trainer.num_generations
