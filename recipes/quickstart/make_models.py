@@ -62,13 +62,13 @@ def expert_example(rng: random.Random) -> tuple[str, str]:
 
 
 def aimless_example(rng: random.Random) -> tuple[str, str]:
-    """A random walk of 3 to 8 moves. In one of ten the goal is set where the walk happened to end."""
+    """A random walk of 3 to 8 moves. In 8 of 100 the goal is set where the walk happened to end."""
     problem, words = random_problem(rng), []
     cell = problem.start
     for _ in range(rng.randint(3, 8)):
         move, cell = rng.choice(problem.neighbours(cell))
         words += [move, str(cell)]
-    if rng.random() < 0.1 and cell != problem.start:
+    if rng.random() < 0.08 and cell != problem.start:
         problem = Problem(problem.walls, problem.start, cell)
     return problem.prompt, " ".join(words)
 
