@@ -32,11 +32,9 @@ def test_signatures_of_the_hooks(name):
     assert tuple(inspect.signature(getattr(GRPOTrainer, name)).parameters) == HOOKS[name]
 
 
-def test_the_hooks_that_are_bound_by_name():
-    """trainer.py: `_generate_single_turn` replaces these two arguments; `_get_per_token_logps_and_entropies` unpacks three results."""
-    parameters = inspect.signature(GRPOTrainer._generate_single_turn).parameters
-    assert {"prompt_ids", "num_generations"} <= set(parameters)
-    assert "compute_entropy" in inspect.signature(GRPOTrainer._get_per_token_logps_and_entropies).parameters
+def test_the_hook_that_is_bound_by_name():
+    """trainer.py: `_generate_single_turn` replaces these two arguments, wherever they stand."""
+    assert {"prompt_ids", "num_generations"} <= set(inspect.signature(GRPOTrainer._generate_single_turn).parameters)
 
 
 def test_every_override_exists_in_trl():
@@ -104,6 +102,22 @@ def test_the_loss_takes_one_advantage_per_token(trainer):
     spread = inputs["advantages"].unsqueeze(1).expand(inputs["completion_ids"].shape)
     per_token = trainer._compute_loss(trainer.model, {**inputs, "advantages": spread})
     torch.testing.assert_close(per_token, per_row, rtol=1e-6, atol=1e-7)
+
+
+def test_the_loss_forward_returns_entropies(trainer, monkeypatch):
+    """trainer.py: `_get_per_token_logps_and_entropies` unpacks log-probs, entropies and an auxiliary loss, and is called by the loss."""
+    forward, shapes = trainer._get_per_token_logps_and_entropies, []
+
+    def watch(*args, **kwargs):
+        logps, entropies, aux_loss = forward(*args, **kwargs)
+        shapes.append((logps.shape, entropies.shape))
+        return logps, entropies, aux_loss
+
+    monkeypatch.setattr(trainer, "_get_per_token_logps_and_entropies", watch)
+    trainer.model.train()
+    inputs = trainer._prepare_inputs(next(iter(trainer.get_train_dataloader())))
+    trainer._compute_loss(trainer.model, inputs)
+    assert shapes == [(inputs["completion_ids"].shape, inputs["completion_ids"].shape)]
 
 
 def test_rows_lie_in_whole_groups_in_order(trainer):
