@@ -94,7 +94,7 @@ def check_expert(
         names = [tokenizer.convert_ids_to_tokens(i) for i in foreign]
         raise ValueError(
             f"The expert ends its answers with {names} (ids {foreign}), but the policy ends with ids {sorted(eos_token_ids)} only, so that "
-            "rollouts would run on behind the expert's end. Add them to the policy's `generation_config.eos_token_id`, or correct the "
-            "expert's."
+            f"rollouts would run on behind the expert's end. Give the policy a tokenizer whose `eos_token` is {names[0]!r}, add the ids to its "
+            "`generation_config.eos_token_id`, or correct the expert's."
         )
     return num_shared

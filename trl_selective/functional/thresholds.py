@@ -21,7 +21,8 @@ class EntropyHistogram:
 
     Attributes:
         vocab_size: V >= 2.
-        num_bins: resolution; a quantile is off by at most `bin_width` = log(V) / num_bins nats (0.0015 for V = 150,000).
+        num_bins: resolution; a quantile is off by at most `bin_width` = log(V) / num_bins nats (0.0015 for V = 150,000) from
+            the entropy of the nearest rank.
         counts: (num_bins,) int64, on the device of the entropies. Sum those of several processes to merge them.
 
     Example:

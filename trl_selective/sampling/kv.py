@@ -6,6 +6,8 @@ cache is repacked: the text of every row is moved to the right, as if it had bee
 """
 
 import inspect
+from collections.abc import Sequence
+from typing import Any
 
 import torch
 from jaxtyping import Float, Int
@@ -30,7 +32,7 @@ class CachedModel:
 
     def __init__(self, model: nn.Module, name: str):
         self.model, self.name = model, name
-        self.cache = None
+        self.cache: Any = None  # a transformers cache, once something was read
         self.row_forwards = 0
         forward = getattr(model, "get_base_model", lambda: model)().forward  # a PEFT wrapper hides the signature
         self.accepted = inspect.signature(forward).parameters
@@ -80,9 +82,8 @@ class RaggedContext:
     """
 
     def __init__(self, max_lengths: Int[Tensor, "rows"]):
-        self.max_lengths = (
-            max_lengths  # of prompt and completion: drafts beyond are dropped, and must not exceed a position table
-        )
+        # Of prompt and completion: drafts beyond are dropped, and must not exceed a position table.
+        self.max_lengths = max_lengths
         self.lengths = torch.zeros_like(max_lengths)
         self.mask = max_lengths.new_zeros(len(max_lengths), 0)
 
@@ -117,7 +118,7 @@ class RaggedContext:
 
 
 def left_pad(
-    prompt_ids: list[list[int]], pad_token_id: int, device: torch.device
+    prompt_ids: Sequence[Sequence[int]], pad_token_id: int, device: torch.device
 ) -> tuple[Int[Tensor, "rows columns"], Int[Tensor, "rows columns"]]:
     """Prompts as one tensor, padded on the left, and the mask of their tokens."""
     width = max(map(len, prompt_ids))

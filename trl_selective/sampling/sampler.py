@@ -58,7 +58,7 @@ class GuidedSampler(ABC):
         self.policy, self.expert = policy, expert
         self.weighting = WEIGHTINGS[weighting] if isinstance(weighting, str) else weighting
         self.max_weight = max_weight
-        heads = [model.config.get_text_config().vocab_size for model in (policy, expert)]
+        heads = [model.config.get_text_config().vocab_size for model in (policy, expert)]  # type: ignore[operator, union-attr]
         self.vocab_size = min(*heads, vocab_size or heads[0])
         self.pad_token_id = pad_token_id
         self.expert_first_token = expert_first_token

@@ -74,11 +74,10 @@ class SpeculativeSampler(GuidedSampler):
 
         policy_prob, expert_prob = (p.gather(-1, tokens.unsqueeze(-1)).squeeze(-1) for p in (policy, expert))
         live.num_drafted += drafts.numel()
-        if (
-            self.draft_length is None and not is_first_round
-        ):  # the first round reads the prompts: no measure of a forward
-            tested = (num_accepted + 1).clamp(max=num).sum().item()
-            self.lookahead.observe(num, tested, num_accepted.sum().item(), drafted - started, verified - drafted)
+        # The first round reads the prompts: no measure of a forward.
+        if self.draft_length is None and not is_first_round:
+            tested = int((num_accepted + 1).clamp(max=num).sum())
+            self.lookahead.observe(num, tested, int(num_accepted.sum()), drafted - started, verified - drafted)
         live.commit(
             (num_accepted.squeeze(1) + 1).clamp(max=num),
             tokens,
