@@ -26,9 +26,9 @@ PARTS = [
     "threshold",
     "presets",
     "config",
-    "reporting",
     "rewards",
     "evaluation",
+    "reporting",
     "trainer",
     "__init__",
 ]

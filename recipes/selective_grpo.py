@@ -1,0 +1,161 @@
+"""Train with selective guidance: the one script of all recipes.
+
+    accelerate launch recipes/selective_grpo.py --config recipes/Qwen2.5-3B/mentor/config.yaml
+
+Settings come from the YAML file, and from the command line, which wins: those of `ScriptArguments` below, of SelectiveGuidanceGRPOConfig
+(with all of TRL's GRPOConfig) and of TRL's ModelConfig (dtype, attention, quantisation, PEFT). Without a file:
+
+    accelerate launch recipes/selective_grpo.py \
+        --model_name_or_path Qwen/Qwen2.5-3B \
+        --expert_model_name_or_path open-r1/OpenR1-Qwen-7B \
+        --dataset_name my_problems.jsonl \
+        --reward_funcs boxed_accuracy think_boxed_format --reward_weights 0.9 0.1 \
+        --num_generations 12 --num_guided_generations 4 \
+        --output_dir outputs/Qwen2.5-3B-guided
+
+It writes the model with its tokenizer and card, `trainer_state.json` with all logs, and `training_dynamics.png` to the output folder;
+`--push_to_hub` pushes them; `--resume_from_checkpoint <folder>` goes on from a checkpoint.
+"""
+
+import importlib
+import os
+import sys
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from pathlib import Path
+
+from datasets import DatasetDict, load_dataset, load_from_disk
+from transformers import AutoTokenizer, PreTrainedTokenizerBase
+from trl import ModelConfig, TrlParser, get_peft_config, get_quantization_config
+
+from trl_selective import SelectiveGuidanceGRPOConfig, SelectiveGuidanceGRPOTrainer
+from trl_selective.rewards import boxed_accuracy_reward, think_boxed_format_reward
+
+REWARD_FUNCS = {"boxed_accuracy": boxed_accuracy_reward, "think_boxed_format": think_boxed_format_reward}
+LOADERS = {".json": "json", ".jsonl": "json", ".parquet": "parquet", ".csv": "csv"}
+
+
+@dataclass
+class ScriptArguments:
+    dataset_name: str | None = field(
+        default=None,
+        metadata={
+            "help": "Hub id, local .json/.jsonl/.parquet/.csv file, or folder (of such files, or of `save_to_disk`)."
+        },
+    )
+    dataset_config: str | None = field(default=None, metadata={"help": "Configuration of a dataset on the Hub."})
+    dataset_train_split: str = field(default="train", metadata={"help": "Split to train on."})
+    dataset_test_split: str = field(
+        default="test", metadata={"help": "Split to evaluate on, where `eval_strategy` is set."}
+    )
+    reward_funcs: list[str] | None = field(
+        default=None,
+        metadata={"help": f"Names out of {list(REWARD_FUNCS)}, or `package.module.function`, also of files here."},
+    )
+    prompt_column: str = field(
+        default="prompt", metadata={"help": "Column with the problem: a text or a conversation."}
+    )
+    system_prompt: str | None = field(
+        default=None, metadata={"help": "Turns text prompts into conversations that start with this system message."}
+    )
+    eos_token: str | None = field(
+        default=None, metadata={"help": "End token of the policy's tokenizer, where it must be the expert's."}
+    )
+
+
+def load_reward(name: str) -> Callable:
+    """A reward function by its short name or its dotted path."""
+    if name in REWARD_FUNCS:
+        return REWARD_FUNCS[name]
+    module, _, function = name.rpartition(".")
+    if not module:
+        raise ValueError(
+            f"reward_funcs: got {name!r}, expected one of {list(REWARD_FUNCS)} or `package.module.function`."
+        )
+    sys.path.insert(0, os.getcwd())
+    return getattr(importlib.import_module(module), function)
+
+
+def load_splits(arguments: ScriptArguments) -> DatasetDict:
+    """The dataset, with prompts in the column `prompt`."""
+    if arguments.dataset_name is None:
+        raise ValueError("dataset_name is not set: give a Hub id, a file or a folder.")
+    path = Path(arguments.dataset_name)
+    if path.suffix in LOADERS:
+        splits = load_dataset(LOADERS[path.suffix], data_files={arguments.dataset_train_split: str(path)})
+    elif (path / "dataset_dict.json").exists():
+        splits = load_from_disk(str(path))
+    else:
+        splits = load_dataset(arguments.dataset_name, name=arguments.dataset_config)
+    return splits.map(lambda row: {"prompt": as_prompt(row, arguments)}, desc="prompts")
+
+
+def as_prompt(row: dict, arguments: ScriptArguments) -> str | list[dict]:
+    if arguments.prompt_column not in row:
+        raise ValueError(
+            f"The dataset has no column {arguments.prompt_column!r}, only {sorted(row)}: set prompt_column."
+        )
+    prompt = row[arguments.prompt_column]
+    if arguments.system_prompt is None or not isinstance(prompt, str):
+        return prompt
+    return [{"role": "system", "content": arguments.system_prompt}, {"role": "user", "content": prompt}]
+
+
+def load_tokenizer(arguments: ScriptArguments, model: ModelConfig) -> PreTrainedTokenizerBase | None:
+    """The policy's tokenizer with another end token; None leaves loading it to the trainer."""
+    if arguments.eos_token is None:
+        return None
+    tokenizer = AutoTokenizer.from_pretrained(
+        model.model_name_or_path, revision=model.model_revision, padding_side="left"
+    )
+    if arguments.eos_token not in tokenizer.get_vocab():
+        raise ValueError(f"eos_token={arguments.eos_token!r} is not in the vocabulary of {model.model_name_or_path}.")
+    tokenizer.eos_token = arguments.eos_token
+    return tokenizer
+
+
+def plot(trainer: SelectiveGuidanceGRPOTrainer, path: Path) -> None:
+    try:
+        from trl_selective.reporting.plots import plot_training_dynamics
+
+        plot_training_dynamics({path.parent.name: trainer.state.log_history}, path)
+    except ImportError as error:
+        print(f"No picture of the training dynamics: {error}")
+
+
+def main(arguments: ScriptArguments, args: SelectiveGuidanceGRPOConfig, model: ModelConfig) -> None:
+    args.model_init_kwargs = {
+        "revision": model.model_revision,
+        "attn_implementation": model.attn_implementation,
+        "dtype": model.dtype,
+        **(args.model_init_kwargs or {}),
+    }
+    splits = load_splits(arguments)
+    trainer = SelectiveGuidanceGRPOTrainer(
+        model=model.model_name_or_path,
+        reward_funcs=[load_reward(name) for name in arguments.reward_funcs or ()],
+        args=args,
+        train_dataset=splits[arguments.dataset_train_split],
+        eval_dataset=splits[arguments.dataset_test_split] if args.eval_strategy != "no" else None,
+        processing_class=load_tokenizer(arguments, model),
+        peft_config=get_peft_config(model),
+        quantization_config=get_quantization_config(model),
+    )
+    trainer.train(resume_from_checkpoint=args.resume_from_checkpoint)
+
+    trainer.save_model(args.output_dir)
+    trainer.save_state()
+    if trainer.is_world_process_zero():
+        plot(trainer, Path(args.output_dir, "training_dynamics.png"))
+    if args.push_to_hub:
+        trainer.push_to_hub(dataset_name=arguments.dataset_name)
+    else:
+        trainer.create_model_card(dataset_name=arguments.dataset_name)
+    trainer.accelerator.print(f"Model, card and logs are in {args.output_dir}.")
+    if hasattr(trainer, "end"):  # Transformers >= 5.18: closes trackers and the process group
+        trainer.end()
+
+
+if __name__ == "__main__":
+    parser = TrlParser((ScriptArguments, SelectiveGuidanceGRPOConfig, ModelConfig))
+    main(*parser.parse_args_and_config(fail_with_unknown_args=True))

@@ -1,0 +1,152 @@
+"""What can a model do on problems it was not trained on? Unbiased pass@k, and how many different right answers it finds."""
+
+from collections.abc import Callable, Hashable, Sequence
+from dataclasses import dataclass, field
+
+import torch
+from datasets import Dataset
+from tqdm.auto import tqdm
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
+from trl_selective.functional.diversity import pass_at_k
+
+
+@dataclass(frozen=True)
+class Evaluation:
+    """What `evaluate` found.
+
+    Attributes:
+        pass_at_k: k -> mean over problems of the chance that one of k samples is right.
+        standard_error: k -> standard error of that mean over problems.
+        distinct_correct: mean number of different right answers per problem, among its samples.
+        num_problems, num_samples: how many problems, and samples of each.
+        completions, is_correct: what was sampled, by problem.
+    """
+
+    pass_at_k: dict[int, float]
+    standard_error: dict[int, float]
+    distinct_correct: float
+    num_problems: int
+    num_samples: int
+    completions: list[list[str]] = field(repr=False)
+    is_correct: list[list[bool]] = field(repr=False)
+
+    def to_dict(self) -> dict:
+        """The numbers, without the samples."""
+        return {name: value for name, value in vars(self).items() if name not in ("completions", "is_correct")}
+
+
+def evaluate(
+    model: PreTrainedModel,
+    processing_class: PreTrainedTokenizerBase,
+    dataset: Dataset,
+    reward_func: Callable,
+    *,
+    num_samples: int,
+    ks: Sequence[int] = (1,),
+    max_completion_length: int = 256,
+    temperature: float = 1.0,
+    batch_size: int = 256,
+    seed: int = 0,
+    correct_above: float = 0.5,
+    answer_key: Callable[[str], Hashable] = str.strip,
+    description: str = "evaluate",
+) -> Evaluation:
+    """
+    Sample completions for each problem and grade them. The model's mode and the random number generators are left as they were.
+
+    Args:
+        model: a causal language model.
+        processing_class: its tokenizer; with a chat template if prompts are conversations.
+        dataset: a column `prompt` (texts or conversations), and whatever `reward_func` asks for.
+        reward_func: called as TRL calls it: `reward_func(prompts=..., completions=..., **columns)`.
+        num_samples: completions per problem.
+        ks: the k of pass@k, each at most `num_samples`.
+        max_completion_length: tokens.
+        temperature: > 0.
+        batch_size: completions generated at once.
+        seed: of the sampling.
+        correct_above: a completion is right when its reward exceeds this.
+        answer_key: right answers with equal keys count as the same.
+        description: of the progress bar.
+
+    Raises:
+        ValueError: if there are no problems, no column `prompt`, or a k beyond `num_samples`.
+    """
+    if not len(dataset) or "prompt" not in dataset.column_names:
+        raise ValueError(
+            f"Expected problems with a column 'prompt', got {len(dataset)} rows with columns {dataset.column_names}."
+        )
+    if not ks or min(ks) < 1 or max(ks) > num_samples:
+        raise ValueError(f"pass@k needs 1 <= k <= num_samples = {num_samples}, got {list(ks)}. Draw more samples.")
+    rows = dataset.select([problem for problem in range(len(dataset)) for _ in range(num_samples)])
+    completions: list[str] = []
+    rewards: list[float | None] = []
+    was_training = model.training
+    model.eval()
+    try:
+        with torch.random.fork_rng(devices=[model.device] if model.device.type == "cuda" else []):
+            torch.manual_seed(seed)
+            for start in tqdm(range(0, len(rows), batch_size), desc=description):
+                batch = rows[start : start + batch_size]
+                texts = _sample(model, processing_class, batch["prompt"], max_completion_length, temperature)
+                completions += texts
+                rewards += _grade(reward_func, batch, texts)
+    finally:
+        model.train(was_training)
+
+    per_problem = [slice(start, start + num_samples) for start in range(0, len(rows), num_samples)]
+    correct = [reward is not None and reward > correct_above for reward in rewards]
+    num_correct = torch.tensor([sum(correct[part]) for part in per_problem])
+    estimates = {k: pass_at_k(num_samples, num_correct, k) for k in ks}
+    distinct = [
+        {answer_key(text) for text, right in zip(completions[part], correct[part], strict=True) if right}
+        for part in per_problem
+    ]
+    return Evaluation(
+        pass_at_k={k: estimate.mean().item() for k, estimate in estimates.items()},
+        standard_error={k: (estimate.std() / len(dataset) ** 0.5).item() for k, estimate in estimates.items()},
+        distinct_correct=sum(map(len, distinct)) / len(dataset),
+        num_problems=len(dataset),
+        num_samples=num_samples,
+        completions=[completions[part] for part in per_problem],
+        is_correct=[correct[part] for part in per_problem],
+    )
+
+
+@torch.no_grad()
+def _sample(model, processing_class, prompts: list, max_completion_length: int, temperature: float) -> list[str]:
+    """One completion for each prompt, from the model's full distribution at `temperature`."""
+    is_chat = not isinstance(prompts[0], str)
+    if is_chat:
+        prompts = [
+            processing_class.apply_chat_template(p, tokenize=False, add_generation_prompt=True) for p in prompts
+        ]
+    inputs = processing_class(
+        prompts,
+        padding=True,
+        padding_side="left",
+        add_special_tokens=not is_chat,
+        return_token_type_ids=False,
+        return_tensors="pt",
+    ).to(model.device)
+    ends = model.generation_config.eos_token_id
+    output = model.generate(
+        **inputs,
+        do_sample=True,
+        temperature=temperature,
+        top_k=0,
+        top_p=1.0,
+        max_new_tokens=max_completion_length,
+        eos_token_id=sorted({*(ends if isinstance(ends, list) else [ends]), processing_class.eos_token_id} - {None}),
+        pad_token_id=processing_class.pad_token_id,
+    )
+    return processing_class.batch_decode(output[:, inputs.input_ids.shape[1] :], skip_special_tokens=True)
+
+
+def _grade(reward_func: Callable, batch: dict, texts: list[str]) -> list[float | None]:
+    """Rewards of `texts`, which answer the prompts of `batch`, in the form in which TRL shows them to the function."""
+    is_chat = not isinstance(batch["prompt"][0], str)
+    completions = [[{"role": "assistant", "content": text}] for text in texts] if is_chat else texts
+    columns = {name: values for name, values in batch.items() if name not in ("prompt", "completion")}
+    return reward_func(prompts=batch["prompt"], completions=completions, **columns)

@@ -1,0 +1,1 @@
+"""Reads rollouts and logs, decides nothing."""

@@ -1,0 +1,76 @@
+r"""Was the answer right, and in the right form? The rewards of MENTOR (arXiv:2510.04140, section 4) for mathematics, as TRL calls rewards.
+
+The paper adds them up as 0.9 accuracy + 0.1 format for Qwen, 0.8 + 0.2 for Llama: set `reward_weights` of the config.
+"""
+
+import re
+import threading
+from collections.abc import Sequence
+from functools import partial
+
+Completion = str | Sequence[dict]
+
+BOXED = "\\boxed{"
+THINK_THEN_BOXED = re.compile(r"\s*<think>(?:(?!</?think>).)*</think>(?:(?!</?think>).)*\\boxed\{.+", re.DOTALL)
+
+
+def boxed_accuracy_reward(completions: list[Completion], solution: list[str], **kwargs) -> list[float | None]:
+    r"""1 if the last `\boxed{}` of a completion equals the solution as a mathematical expression (Math-Verify), else 0.
+
+    Args:
+        completions: texts, or conversations whose last message is the answer.
+        solution: the reference of each, as LaTeX or plain expression, with or without `\boxed{}` around it.
+
+    Returns:
+        One reward per completion; None where the solution itself cannot be parsed, so that TRL leaves the row out.
+
+    Example:
+        >>> boxed_accuracy_reward([r"So it is \boxed{0.5}.", "It is 0.5."], solution=[r"\frac{1}{2}", r"\frac{1}{2}"])
+        [1.0, 0.0]
+    """
+    from math_verify import LatexExtractionConfig, parse, verify
+
+    # Math-Verify's timeouts are signals, which only the main thread receives.
+    in_main_thread = threading.current_thread() is threading.main_thread()
+    read = partial(
+        parse,
+        extraction_config=[LatexExtractionConfig(boxed_match_priority=0)],
+        parsing_timeout=5 if in_main_thread else None,
+    )
+    rewards: list[float | None] = []
+    for completion, reference in zip(completions, solution, strict=True):
+        gold = read(last_boxed(reference) or f"{BOXED}{reference}}}")
+        answer = last_boxed(answer_text(completion))
+        if not gold:
+            rewards.append(None)
+        elif answer is None:
+            rewards.append(0.0)
+        else:
+            rewards.append(float(verify(gold, read(answer), timeout_seconds=5 if in_main_thread else None)))
+    return rewards
+
+
+def think_boxed_format_reward(completions: list[Completion], **kwargs) -> list[float]:
+    r"""1 for `<think>...</think>` followed by an answer in `\boxed{}`, with nothing before and no second thought, else 0.
+
+    Example:
+        >>> think_boxed_format_reward([r"<think>1 + 1</think> \boxed{2}", r"\boxed{2}"])
+        [1.0, 0.0]
+    """
+    return [float(THINK_THEN_BOXED.fullmatch(answer_text(completion)) is not None) for completion in completions]
+
+
+def answer_text(completion: Completion) -> str:
+    """The text of a completion: itself, or the content of its last message."""
+    return completion if isinstance(completion, str) else completion[-1]["content"]
+
+
+def last_boxed(text: str) -> str | None:
+    r"""The last `\boxed{...}` of a text, up to the brace that closes it; None if there is none or it stays open."""
+    start = text.rfind(BOXED)
+    depth = 0
+    for end in range(start, len(text)) if start >= 0 else ():
+        depth += {"{": 1, "}": -1}.get(text[end], 0)
+        if depth == 0 and text[end] == "}":
+            return text[start : end + 1]
+    return None
