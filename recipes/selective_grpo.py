@@ -147,10 +147,13 @@ def main(arguments: ScriptArguments, args: SelectiveGuidanceGRPOConfig, model: M
     trainer.save_state()
     if trainer.is_world_process_zero():
         plot(trainer, Path(args.output_dir, "training_dynamics.png"))
+    dataset_name = (
+        None if Path(arguments.dataset_name).exists() else arguments.dataset_name
+    )  # a card names what others can load
     if args.push_to_hub:
-        trainer.push_to_hub(dataset_name=arguments.dataset_name)
+        trainer.push_to_hub(dataset_name=dataset_name)
     else:
-        trainer.create_model_card(dataset_name=arguments.dataset_name)
+        trainer.create_model_card(model_name=Path(args.output_dir).name, dataset_name=dataset_name)
     trainer.accelerator.print(f"Model, card and logs are in {args.output_dir}.")
     if hasattr(trainer, "end"):  # Transformers >= 5.18: closes trackers and the process group
         trainer.end()

@@ -76,6 +76,7 @@ class SelectiveGuidanceGRPOTrainer(GRPOTrainer):
         "citation": textwrap.dedent("""\
             @article{jiang2025selective,
                 title        = {{Selective Expert Guidance for Effective and Diverse Exploration in Reinforcement Learning of LLMs}},
+                author       = {Zishang Jiang and Jinyi Han and Tingyun Li and Xinyi Wang and Sihang Jiang and Jiaqing Liang and Zhaoqian Dai and Shuguang Ma and Fei Yu and Yanghua Xiao},
                 year         = 2025,
                 eprint       = {arXiv:2510.04140},
             }"""),

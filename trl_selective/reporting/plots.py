@@ -15,12 +15,12 @@ if TYPE_CHECKING:
 PANELS = (
     ("reward of the policy", "reward", {"reward": "-"}),
     ("reward of guided rollouts", "reward", {"guidance/reward/guided": "-"}),
-    ("groups without signal, groups rescued", "share", {"frac_reward_zero_std": "-", "guidance/rescued_groups": "--"}),
+    ("groups without signal (dashed: rescued)", "share", {"frac_reward_zero_std": "-", "guidance/rescued_groups": "--"}),
     ("guidance coefficient alpha", "alpha", {"guidance/coef": "-"}),
-    ("guidance weight w, tokens drawn by the expert", "share", {"guidance/weight": "-", "guidance/expert_drawn": "--"}),
-    ("entropy of the policy, threshold", "nats", {"entropy": "-", "guidance/entropy_threshold": "--"}),
-    ("completion length", "tokens", {"completions/mean_length": "-", "guidance/completions/mean_length": "--"}),
-    ("importance ratio: mean, effective share", "", {"guidance/importance_ratio/mean": "-", "guidance/importance_ratio/ess": "--"}),
+    ("weight w (dashed: tokens the expert drew)", "share", {"guidance/weight": "-", "guidance/expert_drawn": "--"}),
+    ("entropy of the policy (dashed: threshold)", "nats", {"entropy": "-", "guidance/entropy_threshold": "--"}),
+    ("completion length (dashed: guided)", "tokens", {"completions/mean_length": "-", "guidance/completions/mean_length": "--"}),
+    ("importance ratio (dashed: effective sample)", "", {"guidance/importance_ratio/mean": "-", "guidance/importance_ratio/ess": "--"}),
 )  # fmt: skip
 COLUMNS = 3
 
