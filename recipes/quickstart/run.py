@@ -70,20 +70,12 @@ def train(name: str, output: Path, arguments: argparse.Namespace) -> float:
         settings["expert_model_name_or_path"] = HERE / "expert"
     if arguments.max_steps:
         settings["max_steps"] = arguments.max_steps
-    launch = [
-        "--num_processes",
-        "1",
-        "--num_machines",
-        "1",
-        "--mixed_precision",
-        "no",
-        "--dynamo_backend",
-        "no",
-        "--cpu",
-    ]
+    launch = ["--cpu", "--num_processes=1", "--num_machines=1", "--mixed_precision=no", "--dynamo_backend=no"]
+    launch.append("--num_cpu_threads_per_process=1")
     command = [sys.executable, "-m", "accelerate.commands.launch", *launch, SCRIPT, "--config", HERE / f"{name}.yaml"]
     command += [part for key, value in settings.items() for part in (f"--{key}", value)]
-    environment = {**os.environ, "PYTHONPATH": os.pathsep.join([str(HERE), os.environ.get("PYTHONPATH", "")])}
+    path = os.pathsep.join([str(HERE), os.environ.get("PYTHONPATH", "")])  # where task.path_reward is found
+    environment = {**os.environ, "PYTHONPATH": path, "PYTHONWARNINGS": "ignore::FutureWarning"}
     print(f"\ntrain {name}: " + " ".join(map(str, command[1:])), flush=True)
     started = time.perf_counter()
     log = output / f"{name}.log"

@@ -6,20 +6,23 @@ padded to different sizes (Qwen2.5-3B and 7B are), and one tokenizer may have mo
 
 import warnings
 from collections.abc import Collection
-from typing import Any
+from typing import Any, TypeAlias
 
 import torch
+from peft import PeftModel
 from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
+
+Expert: TypeAlias = PreTrainedModel | PeftModel
 
 
 def load_expert(
-    expert: str | PreTrainedModel,
+    expert: str | Expert,
     device: torch.device,
     *,
     revision: str | None = None,
     init_kwargs: dict[str, Any] | None = None,
     trust_remote_code: bool = False,
-) -> PreTrainedModel:
+) -> Expert:
     """Load the expert if it is a name, freeze it, and put it on `device` in evaluation mode.
 
     Args:
@@ -46,7 +49,7 @@ def load_expert(
     return expert if is_placed else expert.to(device)
 
 
-def load_expert_tokenizer(expert: PreTrainedModel) -> PreTrainedTokenizerBase | None:
+def load_expert_tokenizer(expert: Expert) -> PreTrainedTokenizerBase | None:
     """The tokenizer beside the expert's weights, or None (with a warning) if the model does not say where it came from."""
     name = expert.config.name_or_path
     if not name:
@@ -60,7 +63,7 @@ def load_expert_tokenizer(expert: PreTrainedModel) -> PreTrainedTokenizerBase | 
 
 
 def check_expert(
-    expert: PreTrainedModel,
+    expert: Expert,
     expert_tokenizer: PreTrainedTokenizerBase | None,
     tokenizer: PreTrainedTokenizerBase,
     eos_token_ids: Collection[int],
