@@ -1,0 +1,59 @@
+"""Tiny random causal language models whose next-token laws are far from uniform and depend on the whole text."""
+
+from typing import Any
+
+import torch
+from transformers import (
+    AutoModelForCausalLM,
+    Gemma3TextConfig,
+    GPT2Config,
+    Lfm2Config,
+    LlamaConfig,
+    MambaConfig,
+    MistralConfig,
+    PreTrainedModel,
+    Qwen2Config,
+)
+
+COMMON = {
+    "hidden_size": 16,
+    "intermediate_size": 32,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 2,
+    "num_key_value_heads": 1,
+    "head_dim": 8,
+    "max_position_embeddings": 64,
+    "pad_token_id": 0,
+    "bos_token_id": None,
+    "eos_token_id": 1,
+}
+WINDOW = {**COMMON, "sliding_window": 3}
+ARCHITECTURES: dict[str, tuple[type, dict[str, Any]]] = {
+    "llama": (LlamaConfig, COMMON),
+    "qwen2": (Qwen2Config, COMMON),
+    # positions that are not relative, and a table of them that ends: prompts of up to 5 tokens and 12 more
+    "gpt2": (GPT2Config, {"n_embd": 16, "n_layer": 2, "n_head": 2, "n_positions": 17, "eos_token_id": 1}),
+    "sliding": (MistralConfig, WINDOW),
+    "sliding_and_full": (Qwen2Config, {**WINDOW, "use_sliding_window": True, "max_window_layers": 1}),
+    "gemma3": (Gemma3TextConfig, {**WINDOW, "layer_types": ["sliding_attention", "full_attention"]}),
+    "convolution": (Lfm2Config, {**COMMON, "layer_types": ["conv", "full_attention"]}),
+    "recurrent": (MambaConfig, {"hidden_size": 16, "num_hidden_layers": 1, "state_size": 4}),
+}
+FORGETFUL = ["llama", "qwen2", "gpt2"]  # full attention: rejected tokens can be masked out of the cache
+MINDFUL = ["sliding", "sliding_and_full", "gemma3", "convolution"]
+
+
+def tiny_model(
+    seed: int, architecture: str = "llama", vocab_size: int = 7, sharpness: float = 1.0, **changes
+) -> PreTrainedModel:
+    """A model in evaluation mode with random weights; `sharpness` scales its logits."""
+    config_class, settings = ARCHITECTURES[architecture]
+    config = config_class(**{**settings, "vocab_size": vocab_size, "tie_word_embeddings": False, **changes})
+    model = AutoModelForCausalLM.from_config(config)
+    generator = torch.Generator().manual_seed(seed)
+    with torch.no_grad():
+        for weight in model.parameters():
+            if weight.dim() > 1:
+                weight.normal_(0, 0.5, generator=generator)
+        model.get_output_embeddings().weight.mul_(sharpness)
+    return model.eval()
