@@ -11,7 +11,7 @@ from functools import partial
 Completion = str | Sequence[dict]
 
 BOXED = "\\boxed{"
-THINK_THEN_BOXED = re.compile(r"\s*<think>(?:(?!</?think>).)*</think>(?:(?!</?think>).)*\\boxed\{.+", re.DOTALL)
+ONE_THOUGHT = re.compile(r"\s*<think>(?:(?!</?think>).)*</think>(?P<answer>(?:(?!</?think>).)*)", re.DOTALL)
 
 
 def boxed_accuracy_reward(completions: list[Completion], solution: list[str], **kwargs) -> list[float | None]:
@@ -57,7 +57,8 @@ def think_boxed_format_reward(completions: list[Completion], **kwargs) -> list[f
         >>> think_boxed_format_reward([r"<think>1 + 1</think> \boxed{2}", r"\boxed{2}"])
         [1.0, 0.0]
     """
-    return [float(THINK_THEN_BOXED.fullmatch(answer_text(completion)) is not None) for completion in completions]
+    thoughts = [ONE_THOUGHT.fullmatch(answer_text(completion)) for completion in completions]
+    return [float(thought is not None and last_boxed(thought["answer"]) is not None) for thought in thoughts]
 
 
 def answer_text(completion: Completion) -> str:

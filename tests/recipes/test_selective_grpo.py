@@ -1,0 +1,148 @@
+"""The training script, started as a user starts it."""
+
+import json
+import os
+import subprocess
+import sys
+
+import pytest
+import torch
+from datasets import Dataset, DatasetDict
+from transformers import AutoModelForCausalLM, AutoTokenizer
+
+from tests.training import EXPERT, POLICY, QUICKSTART, path_dataset
+
+SCRIPT = QUICKSTART.parent / "selective_grpo.py"
+SETTINGS = """
+model_name_or_path: {policy}
+expert_model_name_or_path: {expert}
+output_dir: {folder}/out
+dataset_name: {data}
+reward_funcs: [my_reward.letters, my_reward.half]
+reward_weights: [1.0, 0.5]
+num_generations: 4
+num_guided_generations: 2
+entropy_threshold_init: 1.0
+per_device_train_batch_size: 8
+max_steps: 2
+max_completion_length: 26
+learning_rate: 1.0e-3
+bf16: false
+gradient_checkpointing: false
+use_cpu: true
+report_to: none
+logging_steps: 1
+save_strategy: "no"
+"""
+REWARD = """
+def letters(completions, **kwargs):
+    return [len(set(completion)) / 10 for completion in completions]
+def half(completions, walls, **kwargs):
+    return [0.5 for _ in completions]
+"""
+
+
+def launch(folder, *arguments, data=None):
+    """`accelerate launch` in `folder`, where the reward is."""
+    if data is None:
+        data = folder / "problems.jsonl"
+        data.write_text("".join(json.dumps(row) + "\n" for row in path_dataset(16)))
+    (folder / "my_reward.py").write_text(REWARD)
+    (folder / "config.yaml").write_text(SETTINGS.format(policy=POLICY, expert=EXPERT, folder=folder, data=data))
+    how = ["--cpu", "--num_processes=1", "--num_machines=1", "--mixed_precision=no", "--dynamo_backend=no"]
+    command = [
+        sys.executable,
+        "-m",
+        "accelerate.commands.launch",
+        *how,
+        str(SCRIPT),
+        "--config",
+        "config.yaml",
+        *arguments,
+    ]
+    environment = {**os.environ, "PYTHONPATH": str(QUICKSTART.parents[1])}
+    return subprocess.run(command, cwd=folder, env=environment, capture_output=True, text=True)
+
+
+def test_a_run_leaves_model_tokenizer_card_logs_and_picture(tmp_path):
+    result = launch(tmp_path, "--max_steps", "3", "--preset", "mentor_corrected")  # the command line wins
+    assert result.returncode == 0, result.stderr[-3000:]
+    assert "preset 'mentor_corrected'" in result.stdout
+    out = tmp_path / "out"
+    trained, start = AutoModelForCausalLM.from_pretrained(out), AutoModelForCausalLM.from_pretrained(POLICY)
+    assert not torch.equal(trained.lm_head.weight, start.lm_head.weight)
+    assert AutoTokenizer.from_pretrained(out).get_vocab() == AutoTokenizer.from_pretrained(POLICY).get_vocab()
+    card = (out / "README.md").read_text()
+    assert "2510.04140" in card
+    assert "Model Card for out" in card
+    assert str(tmp_path) not in card
+    history = json.loads((out / "trainer_state.json").read_text())["log_history"]
+    assert [entry["step"] for entry in history if "guidance/weight" in entry] == [1, 2]  # 0.6 of 3 steps
+    assert (out / "training_dynamics.png").stat().st_size > 10_000
+
+
+def test_an_adapter_with_a_conversation_and_an_evaluation(tmp_path):
+    """A `save_to_disk` folder, another prompt column, a system prompt, LoRA: each changes something that is looked at."""
+    rows = path_dataset(16).rename_column("prompt", "problem")
+    folder = tmp_path / "data"
+    DatasetDict({"train": rows, "test": rows.select(range(4))}).save_to_disk(str(folder))
+    tokenizer = AutoTokenizer.from_pretrained(POLICY)
+    tokenizer.chat_template = "{% for message in messages %}{% if message['role'] == 'user' %}{{ message['content'] }}{% endif %}{% endfor %}"
+    model = AutoModelForCausalLM.from_pretrained(POLICY)
+    model.save_pretrained(tmp_path / "chat")
+    tokenizer.save_pretrained(tmp_path / "chat")
+    (tmp_path / "my_reward.py").write_text("")
+    result = launch(
+        tmp_path, "--prompt_column", "problem", "--system_prompt", "Find a path.", "--use_peft", "--lora_r", "2",
+        "--lora_target_modules", "q_proj", "v_proj", "--eval_strategy", "steps", "--eval_steps", "1", "--reward_funcs",
+        "think_boxed_format", "--reward_weights", "1.0", "--model_name_or_path", str(tmp_path / "chat"), "--eos_token", "<eos>",
+        data=folder,
+    )  # fmt: skip
+    assert result.returncode == 0, result.stderr[-3000:]
+    out = tmp_path / "out"
+    assert (out / "adapter_model.safetensors").exists()
+    assert not (out / "model.safetensors").exists()
+    history = json.loads((out / "trainer_state.json").read_text())["log_history"]
+    assert [entry["step"] for entry in history if "eval_reward" in entry] == [1, 2]
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (("--reward_funcs", "correct"), "reward_funcs: got 'correct', expected one of ['boxed_accuracy'"),
+        (
+            ("--prompt_column", "question"),
+            "The dataset has no column 'question', only ['goal', 'prompt', 'start', 'walls']",
+        ),
+        (("--eos_token", "<|im_end|>"), "eos_token='<|im_end|>' is not in the vocabulary"),
+        (("--entropy_quantile", "95"), "It is a fraction: pass 0.95"),
+        (("--num_guided", "2", "--nonsense", "1"), "--nonsense"),
+    ],
+)
+def test_errors_reach_the_user(tmp_path, arguments, message):
+    result = launch(tmp_path, *arguments)
+    assert result.returncode != 0
+    assert message in result.stderr
+
+
+def test_splits_of_a_folder(tmp_path):
+    """Files called train and test are the splits."""
+    sys.path.insert(0, str(SCRIPT.parent))
+    from selective_grpo import ScriptArguments, load_splits
+
+    for name, count in (("train", 3), ("test", 2)):
+        Dataset.from_dict({"q": [f"{name} {i}" for i in range(count)]}).to_json(tmp_path / f"{name}.jsonl")
+    splits = load_splits(ScriptArguments(dataset_name=str(tmp_path), prompt_column="q", system_prompt="Be brief."))
+    assert {name: len(split) for name, split in splits.items()} == {"train": 3, "test": 2}
+    assert splits["test"][1]["prompt"] == [
+        {"role": "system", "content": "Be brief."},
+        {"role": "user", "content": "test 1"},
+    ]
+
+
+def test_without_a_dataset():
+    sys.path.insert(0, str(SCRIPT.parent))
+    from selective_grpo import ScriptArguments, load_splits
+
+    with pytest.raises(ValueError, match="dataset_name is not set"):
+        load_splits(ScriptArguments())
