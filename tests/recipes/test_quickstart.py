@@ -91,8 +91,11 @@ def test_models_are_made_from_nothing():
     tokenizer = make_tokenizer()
     assert tokenizer.get_vocab() == AutoTokenizer.from_pretrained(EXPERT).get_vocab()
     assert torch.equal(made(steps=3).lm_head.weight, made(steps=3).lm_head.weight)
-    text = tokenizer(" ".join(expert_example(random.Random(5))), return_tensors="pt", return_token_type_ids=False)
-    before, after = (made(steps)(**text, labels=text["input_ids"]).loss.item() for steps in (1, 40))
+    prompt, answer = expert_example(random.Random(5))
+    text = tokenizer(f"{prompt} {answer}", return_tensors="pt", return_token_type_ids=False)
+    labels = text["input_ids"].clone()
+    labels[:, : len(prompt.split())] = -100  # the answer is what is learnt
+    before, after = (made(steps)(**text, labels=labels).loss.item() for steps in (1, 40))
     assert after < before - 0.3
 
 
