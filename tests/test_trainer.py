@@ -6,6 +6,7 @@ import math
 import os
 import subprocess
 import sys
+from functools import partial
 
 import pytest
 import torch
@@ -13,7 +14,7 @@ from peft import LoraConfig
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from tests.training import EXPERT, POLICY, QUICKSTART, filler_reward, length_reward, make_trainer, path_dataset
-from trl_selective import SelectiveGuidanceGRPOTrainer
+from trl_selective import SelectiveGuidanceGRPOConfig, SelectiveGuidanceGRPOTrainer
 from trl_selective.functional import EntropyHistogram, guided_advantages, on_policy_advantages
 
 LOSS_TYPES = ["grpo", "bnpo", "dr_grpo", "dapo", "cispo", "sapo", "luspo", "vespo"]
@@ -147,25 +148,34 @@ def test_the_last_rows_of_each_group_are_guided_and_weighed_by_equations_10_and_
         assert row[: len(ids)] == ids
 
 
+@pytest.mark.parametrize("max_ratio", [1.2, 0.9])
 @pytest.mark.parametrize("correction", ["token_truncate", "token_mask", "sequence_truncate", "sequence_mask"])
-def test_the_correction_multiplies_guided_tokens_by_pi_theta_over_pi_mix(tmp_path, correction):
-    trainer = trained(tmp_path, guided_importance_correction=correction, importance_ratio_max=1.2, max_steps=1,
+def test_the_correction_multiplies_guided_tokens_by_pi_theta_over_pi_mix(tmp_path, correction, max_ratio):
+    trainer = trained(tmp_path, guided_importance_correction=correction, importance_ratio_max=max_ratio, max_steps=1,
                       reward_funcs=length_reward)  # fmt: skip
     (output,), (batch,) = trainer.outputs, trainer.batches
     level, _, bound = correction.partition("_")
-    unweighted = output["advantages"][:, :1].clone()
-    on_policy = output["advantages"][~output["is_guided"]]
-    assert torch.equal(on_policy, on_policy[:, :1].expand_as(on_policy))  # their weight is 1
+    advantages, is_guided, seq = output["advantages"], output["is_guided"], output["completion_ids"].size(1)
+    assert advantages.shape == (16, 1 if level == "sequence" else seq)
     rewards = batch.rewards_per_func[:, 0].view(4, 4)
+    on_policy = on_policy_advantages(rewards[:, :2]).view(-1, 1)
+    torch.testing.assert_close(advantages[~is_guided], on_policy.expand(-1, advantages.size(1)))  # their weight is 1
     unweighted = guided_advantages(rewards[:, 2:], rewards[:, :2], 1.0, 1.0).flatten()
     assert unweighted.max() > 0
-    rows = zip(output["advantages"][output["is_guided"]], unweighted, batch.rollout.policy_per_token_logps,
-               batch.rollout.sampling_per_token_logps, strict=True)  # fmt: skip
-    for weighted, advantage, policy, mixed in rows:
+    guided = advantages.expand(16, seq)[is_guided]
+    logps = batch.rollout.policy_per_token_logps, batch.rollout.sampling_per_token_logps
+    for row, advantage, policy, mixed in zip(guided, unweighted, *logps, strict=True):
         log_ratio = torch.tensor(policy) - torch.tensor(mixed)
         ratio = log_ratio.exp() if level == "token" else log_ratio.sum().exp().expand(len(policy))
-        weight = ratio.clamp(max=1.2) if bound == "truncate" else torch.where(ratio <= 1.2, ratio, 0.0)
-        torch.testing.assert_close(weighted[: len(policy)], advantage * weight, rtol=1e-4, atol=1e-6)
+        weight = ratio.clamp(max=max_ratio) if bound == "truncate" else torch.where(ratio <= max_ratio, ratio, 0.0)
+        torch.testing.assert_close(row[: len(policy)], advantage * weight, rtol=1e-4, atol=1e-6)
+
+
+def test_a_capped_weight_bounds_the_ratio(tmp_path):
+    """w <= 0.9, so pi_theta / pi_mix <= 1 / (1 - 0.9)."""
+    trainer = trained(tmp_path, preset="mentor_corrected", num_guided_generations=2, per_device_train_batch_size=64)
+    largest = max(torch.cat(batch.rollout.log_ratios()).max().exp() for batch in trainer.batches)
+    assert 5 < largest <= 10 * (1 + 1e-4)
 
 
 def test_flags_stay_with_their_rows_through_shuffling_and_splitting(tmp_path):
@@ -351,6 +361,16 @@ def test_an_expert_given_as_a_model(tmp_path):
     trainer = trained(tmp_path, expert_model=expert, max_steps=1)
     assert trainer.expert_model is expert
     assert len(trainer.batches) == 1
+
+
+def test_without_args_our_config_is_built(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    on_cpu = partial(SelectiveGuidanceGRPOConfig, use_cpu=True)  # TRL's defaults ask for bfloat16, on a CPU only so
+    monkeypatch.setattr("trl_selective.trainer.SelectiveGuidanceGRPOConfig", on_cpu)
+    trainer = SelectiveGuidanceGRPOTrainer(POLICY, length_reward, train_dataset=path_dataset(8))
+    assert isinstance(trainer.args, SelectiveGuidanceGRPOConfig)
+    assert trainer.args.output_dir == "policy-GRPO"
+    assert trainer.num_guided_generations == 0
 
 
 def test_the_model_card_names_the_method(tmp_path):

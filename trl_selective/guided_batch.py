@@ -62,8 +62,8 @@ class GuidedBatch:
         guided = [sum(row) / len(row) for row in self.rollout.expert_drawn]
         return self.merge([0.0] * (self.num_rows - len(guided)), guided)
 
-    def importance_weights(self, seq: int, correction: str, max_ratio: float) -> Float[Tensor, "rows {seq}"]:
-        """Weights of guided tokens under `correction`, padded to `seq` tokens; 1 everywhere else."""
+    def importance_weights(self, seq: int, correction: str, max_ratio: float) -> Float[Tensor, "rows #{seq}"]:
+        """Weights under `correction` of all rows, one per token of `seq` or one per row; 1 for what is not guided."""
         log_ratio, mask = torch.zeros(self.num_rows, seq), torch.zeros(self.num_rows, seq, dtype=torch.bool)
         guided = [row for row, is_guided in enumerate(self.is_guided) if is_guided]
         for row, ratios in zip(guided, self.rollout.log_ratios(), strict=True):

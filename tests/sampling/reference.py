@@ -29,7 +29,7 @@ class Guidance:
         if self.weighting == "constant":
             return torch.full_like(entropy, self.max_weight)
         if self.weighting == "hard_gate":
-            return torch.where(entropy >= self.threshold, self.max_weight, 0.0)
+            return self.max_weight * (entropy >= self.threshold).double()
         return (entropy / self.threshold).clamp(max=self.max_weight)
 
     def sampler(self, kind: int | str | None, policy, expert, **kwargs):

@@ -83,17 +83,19 @@ def effective_sample_size(weights: Float[Tensor, "*shape"]) -> Float[Tensor, ""]
 
 def guided_importance_weight(
     log_ratio: Float[Tensor, "batch seq"], mask: Mask, correction: str, max_ratio: float = float("inf")
-) -> Float[Tensor, "batch seq"]:
-    """The weight of every token under the correction called `correction`: "token_truncate", "token_mask", "sequence_truncate" or "sequence_mask".
+) -> Float[Tensor, "batch #seq"]:
+    """The weights under the correction called `correction`: "token_truncate", "token_mask", "sequence_truncate" or "sequence_mask".
+
+    One per token, or one per completion for the sequence forms.
 
     Args:
         log_ratio: log pi_theta_old - log pi_mix of each token.
-        mask: tokens of guided completions; all others get the weight 1.
+        mask: tokens of guided completions; all others, and completions without any, get the weight 1.
         max_ratio: where the ratio of a token or of a sequence is truncated or masked.
     """
     level, _, bound = correction.partition("_")
-    if level == "token":
-        weight = (masked_importance_weight if bound == "mask" else truncated_importance_weight)(log_ratio, max_ratio)
-    else:
-        weight = sequence_importance_weight(log_ratio, mask, max_ratio, drop=bound == "mask")
-    return torch.where(mask.bool(), weight, 1.0)
+    if level == "sequence":
+        per_sequence = sequence_importance_weight(log_ratio, mask, max_ratio, drop=bound == "mask")
+        return torch.where(mask.bool().any(-1, keepdim=True), per_sequence, 1.0)
+    weight = masked_importance_weight if bound == "mask" else truncated_importance_weight
+    return torch.where(mask.bool(), weight(log_ratio, max_ratio), 1.0)
