@@ -1,0 +1,74 @@
+"""One uniform, one token."""
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from trl_selective.sampling.draw import inverse_cdf, position_noise
+
+BELOW_1 = 1 - 2**-53  # the largest uniform in float64
+
+
+def draw(probs: list[float], uniform: float, dtype=torch.float64) -> int:
+    return inverse_cdf(torch.tensor(probs, dtype=dtype), torch.tensor(uniform, dtype=torch.float64)).item()
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+def test_worked_numbers(dtype):
+    probs = [0.25, 0.0, 0.5, 0.25]  # slices [0, 0.25), none, [0.25, 0.75), [0.75, 1)
+    for uniform, token in {0.0: 0, 0.2499: 0, 0.25: 2, 0.7499: 2, 0.75: 3, BELOW_1: 3}.items():
+        assert draw(probs, uniform, dtype) == token
+
+
+def test_tokens_of_probability_0_at_either_end():
+    for uniform in (0.0, 0.5, BELOW_1):
+        assert draw([0.0, 0.0, 1.0, 0.0, 0.0], uniform) == 2
+
+
+def test_what_does_not_sum_to_1_is_normalised():
+    # slices of [1, 3] are [0, 1/4) and [1/4, 1)
+    assert [draw([1.0, 3.0], uniform) for uniform in (0.0, 0.24, 0.25, BELOW_1)] == [0, 0, 1, 1]
+    assert [draw([0.1, 0.3, 0.0], uniform) for uniform in (0.0, 0.24, 0.26, BELOW_1)] == [0, 0, 1, 1]
+
+
+@settings(deadline=None, derandomize=True, max_examples=300)
+@given(
+    probs=st.lists(st.one_of(st.just(0.0), st.floats(1e-30, 1.0)), min_size=1, max_size=20).filter(any),
+    uniform=st.one_of(st.just(0.0), st.just(BELOW_1), st.floats(0, BELOW_1)),
+)
+def test_a_token_of_probability_0_is_never_drawn(probs, uniform):
+    assert probs[draw(probs, uniform)] > 0
+
+
+def test_a_batch_is_drawn_row_by_row():
+    probs, uniform = torch.rand(4, 3, 7), torch.rand(4, 3, dtype=torch.float64)
+    tokens = inverse_cdf(probs, uniform)
+    for i in range(4):
+        for j in range(3):
+            assert tokens[i, j] == inverse_cdf(probs[i, j], uniform[i, j])
+
+
+def test_rare_tokens_among_many_keep_their_share():
+    """A uniform from the middle of a token's slice draws that token, among 150,000 and with a probability of 1e-12."""
+    probs = torch.full((150_000,), 1e-12)
+    probs[-1] = 1.0
+    total = probs.double().sum().item()
+    for token in (0, 1, 77_777, 149_998):
+        assert draw(probs.tolist(), (token + 0.5) * probs[0].double().item() / total) == token
+
+
+def test_an_even_grid_of_uniforms_gives_each_token_its_share():
+    probs = torch.tensor([0.125, 0.5, 0.0, 0.375])
+    grid = (torch.arange(800, dtype=torch.float64) + 0.5) / 800
+    assert inverse_cdf(probs.expand(800, 4), grid).bincount(minlength=4).tolist() == [100, 400, 0, 300]
+
+
+def test_noise_of_a_position_is_its_own():
+    noise = position_noise(50, 40, torch.device("cpu"))
+    assert noise.shape == (50, 40, 3)
+    assert noise.dtype == torch.float64
+    assert noise.unique().numel() == noise.numel()
+    assert 0 <= noise.min() < noise.max() < 1
+    torch.manual_seed(0)
+    assert torch.equal(position_noise(50, 40, torch.device("cpu")), noise)

@@ -1,0 +1,122 @@
+"""The samplers on models of many kinds: heads, precisions, adapters, positions and caches."""
+
+import pytest
+import torch
+from peft import LoraConfig, get_peft_model
+
+from tests.models import FORGETFUL, MINDFUL, tiny_model
+from tests.sampling.reference import PROMPTS, Guidance, assert_recorded, fresh_probs
+from trl_selective.sampling import SpeculativeSampler, can_forget_tokens
+
+KINDS = ["stepwise", 3, 8]
+LENGTH = 12
+RAMP = Guidance(threshold=1.2)
+
+
+@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("expert", FORGETFUL)
+@pytest.mark.parametrize("policy", FORGETFUL)
+def test_architectures_with_full_attention(policy, expert, kind):
+    models = tiny_model(1, policy), tiny_model(2, expert)
+    rollout = RAMP.sample(kind, *models, PROMPTS * 3, length=LENGTH, eos={1})
+    assert_recorded(rollout, *models, PROMPTS * 3, RAMP)
+
+
+def test_drafts_never_leave_the_table_of_positions():
+    """GPT-2 has exactly as many positions as the longest prompt and its completion; rejected drafts would lie beyond."""
+    policy, expert = tiny_model(1, "gpt2"), tiny_model(2, "gpt2")
+    assert policy.config.n_positions == len(PROMPTS[0]) + LENGTH
+    guidance = Guidance("constant", max_weight=0.5)
+    for draft_length in (5, 12, 50):
+        rollout = guidance.sample(draft_length, policy, expert, PROMPTS * 8, length=LENGTH)
+        assert_recorded(rollout, policy, expert, PROMPTS * 8, guidance)
+
+
+@pytest.mark.parametrize("architecture", MINDFUL)
+@pytest.mark.parametrize("role", ["policy", "expert"])
+def test_caches_that_cannot_forget(architecture, role):
+    """Windows shorter than the prompt, and convolutions: exact step by step, and refused for drafting."""
+    names = {"policy": "llama", "expert": "llama"} | {role: architecture}
+    models = [tiny_model(seed, name) for seed, name in enumerate(names.values())]
+    assert not can_forget_tokens(models[role == "expert"].config)
+    rollout = RAMP.sample("stepwise", *models, PROMPTS * 3, length=LENGTH, eos={1})
+    assert_recorded(rollout, *models, PROMPTS * 3, RAMP)
+    message = rf"The {role} \(\w+ForCausalLM\) has sliding-window or recurrent layers.*Use guided_sampler='stepwise'"
+    with pytest.raises(ValueError, match=message):
+        SpeculativeSampler(*models)
+
+
+def test_a_window_matters():
+    """So that the test above would see a wrong one."""
+    wide = tiny_model(1, "sliding", sliding_window=None)
+    narrow = tiny_model(1, "sliding")
+    assert can_forget_tokens(wide.config)
+    difference = fresh_probs(wide, [PROMPTS[0]], RAMP) - fresh_probs(narrow, [PROMPTS[0]], RAMP)
+    assert difference[0, -1].abs().max() > 1e-2
+
+
+def test_a_model_without_key_value_cache_is_named():
+    with pytest.raises(ValueError, match=r"The expert \(MambaForCausalLM\) returned no `past_key_values`"):
+        RAMP.sample("stepwise", tiny_model(1), tiny_model(2, "recurrent"), PROMPTS, length=4)
+
+
+@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize(("policy_head", "expert_head"), [(10, 7), (7, 10), (10, 12)])
+def test_padded_heads(kind, policy_head, expert_head):
+    """Ids that only one head has, or that no tokenizer has, are never drawn, however likely their logits say they are."""
+    policy, expert = tiny_model(1, vocab_size=policy_head), tiny_model(2, vocab_size=expert_head)
+    with torch.no_grad():
+        for model in (policy, expert):
+            model.lm_head.weight[7:] *= 20
+    vocab_size = 7 if min(policy_head, expert_head) > 7 else None
+    rollout = RAMP.sample(kind, policy, expert, PROMPTS * 20, length=LENGTH, eos={1}, vocab_size=vocab_size)
+    assert max(map(max, rollout.completion_ids)) == 6
+    assert_recorded(rollout, policy, expert, PROMPTS * 20, RAMP)
+
+
+def test_a_vocabulary_larger_than_the_heads_is_that_of_the_heads():
+    sampler = RAMP.sampler(3, tiny_model(1, vocab_size=9), tiny_model(2, vocab_size=8), vocab_size=100)
+    assert sampler.vocab_size == 8
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_bfloat16(kind):
+    """bfloat16 keeps 8 bits: logits of size 2 are right to about 1%, cached or not. Laws are taken in float32 all the same."""
+    policy, expert = tiny_model(1).bfloat16(), tiny_model(2).bfloat16()
+    rollout = RAMP.sample(kind, policy, expert, PROMPTS * 5, length=LENGTH, eos={1})
+    assert_recorded(rollout, policy, expert, PROMPTS * 5, RAMP, tolerance=0.15)
+    # A log-probability that went through bfloat16 would be one of its few values.
+    logps = torch.tensor([logp for row in rollout.sampling_per_token_logps for logp in row])
+    assert (logps != logps.bfloat16().float()).float().mean() > 0.9
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_an_adapter_is_part_of_the_policy(kind):
+    base = tiny_model(1)
+    config = LoraConfig(r=4, target_modules=["q_proj", "v_proj", "up_proj"], init_lora_weights=False)
+    policy = get_peft_model(base, config).eval()
+    with torch.no_grad():
+        for name, weight in policy.named_parameters():
+            if "lora_" in name:
+                weight.normal_(0, 0.7)
+    with policy.disable_adapter():
+        without = fresh_probs(policy, [PROMPTS[0]], RAMP)
+    assert (fresh_probs(policy, [PROMPTS[0]], RAMP) - without).abs().max() > 0.05
+    expert = tiny_model(2)
+    rollout = RAMP.sample(kind, policy, expert, PROMPTS * 3, length=LENGTH, eos={1})
+    assert_recorded(rollout, policy, expert, PROMPTS * 3, RAMP)
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_gradient_checkpointing_is_named_and_works_once_turned_off(kind):
+    policy, expert = tiny_model(1), tiny_model(2)
+    policy.train()
+    policy.gradient_checkpointing_enable()
+    with pytest.raises(
+        ValueError, match=r"The policy \(LlamaForCausalLM\) returned no `past_key_values`.*Turn gradient"
+    ):
+        RAMP.sample(kind, policy, expert, PROMPTS, length=4)
+    policy.gradient_checkpointing_disable()
+    rollout = RAMP.sample(kind, policy, expert, PROMPTS, length=LENGTH)
+    assert policy.training
+    assert_recorded(rollout, policy, expert, PROMPTS, RAMP)

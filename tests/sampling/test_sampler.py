@@ -1,0 +1,141 @@
+"""Which sampler is chosen, and what is refused."""
+
+import pytest
+import torch
+
+from tests.models import tiny_model
+from tests.sampling.reference import PROMPTS, fresh_probs
+from tests.sampling.reference import Guidance as Setting
+from trl_selective.sampling import SpeculativeSampler, StepwiseSampler, make_sampler
+
+SAMPLERS = [StepwiseSampler, SpeculativeSampler]
+
+
+@pytest.fixture(scope="module")
+def models():
+    return tiny_model(seed=1), tiny_model(seed=2)
+
+
+def sample(sampler, **changes):
+    call = {"entropy_threshold": 1.0, "max_completion_length": 3, "eos_token_ids": {1}, **changes}
+    return sampler.sample(call.pop("prompt_ids", PROMPTS), **call)
+
+
+def make(name, policy, expert, draft_length=None, **kwargs):
+    return make_sampler(name, policy, expert, draft_length=draft_length, max_draft_length=9, **kwargs)
+
+
+def test_auto(models):
+    sliding = tiny_model(1, "sliding")
+    assert type(make("auto", *models)) is StepwiseSampler
+    assert type(make("auto", *models, draft_length=3)) is SpeculativeSampler
+    on_accelerator = tiny_model(1).to("meta")
+    assert type(make("auto", on_accelerator, models[1])) is SpeculativeSampler
+    assert type(make("auto", sliding, models[1], draft_length=3)) is StepwiseSampler
+    assert type(make("auto", models[0], sliding, draft_length=3)) is StepwiseSampler
+
+
+def test_by_name(models):
+    assert type(make("stepwise", *models, draft_length=3)) is StepwiseSampler
+    fixed, chosen = make("speculative", *models, draft_length=3), make("speculative", *models)
+    assert type(fixed) is type(chosen) is SpeculativeSampler
+    assert (fixed.draft_length, chosen.draft_length, chosen.lookahead.max_length) == (3, None, 9)
+    with pytest.raises(ValueError, match="sliding-window or recurrent layers"):
+        make("speculative", models[0], tiny_model(1, "sliding"))
+
+
+@pytest.mark.parametrize("name", ["stepwise", "speculative"])
+def test_settings_reach_the_sampler(models, name):
+    sampler = make(
+        name, *models, weighting="constant", max_weight=0.25, vocab_size=5, pad_token_id=2, expert_first_token=True
+    )
+    rollout = sample(sampler, eos_token_ids=())
+    assert rollout.guidance_weights == [[1.0, 0.25, 0.25]] * 3
+    assert max(map(max, rollout.completion_ids)) < 5
+    assert sampler.pad_token_id == 2
+
+
+@pytest.mark.parametrize("sampler_class", SAMPLERS)
+def test_a_weighting_of_ones_own(models, sampler_class):
+    def weighting(entropy, threshold, max_weight):
+        return torch.where(entropy > threshold, 0.125, 0.5) * max_weight
+
+    rollout = sample(sampler_class(*models, weighting=weighting, max_weight=0.5), max_completion_length=10)
+    for weights, entropies in zip(rollout.guidance_weights, rollout.entropies, strict=True):
+        assert weights == [0.0625 if entropy > 1.0 else 0.25 for entropy in entropies]
+
+
+@pytest.mark.parametrize("sampler_class", SAMPLERS)
+def test_a_threshold_of_0_and_of_infinity(models, sampler_class):
+    sampler = sampler_class(*models)
+    assert {w for row in sample(sampler, entropy_threshold=0).guidance_weights for w in row} == {1.0}
+    assert {w for row in sample(sampler, entropy_threshold=float("inf")).guidance_weights for w in row} == {0.0}
+
+
+@pytest.mark.parametrize("sampler_class", SAMPLERS)
+@pytest.mark.parametrize(
+    ("settings", "message"),
+    [
+        (
+            {"weighting": "entrpy"},
+            r"weighting must be one of \['constant', 'entropy', 'hard_gate'\] or a function, got 'entrpy'",
+        ),
+        ({"max_weight": 1.5}, r"max_weight must lie in \[0, 1\], got 1.5"),
+        ({"max_weight": -0.1}, r"max_weight must lie in \[0, 1\], got -0.1"),
+        ({"max_weight": float("nan")}, r"max_weight must lie in \[0, 1\], got nan"),
+    ],
+)
+def test_settings_that_are_refused(models, sampler_class, settings, message):
+    with pytest.raises(ValueError, match=message):
+        sampler_class(*models, **settings)
+
+
+@pytest.mark.parametrize(
+    ("settings", "message"),
+    [
+        ({"draft_length": 0}, "must be at least 1, got 0 and 16"),
+        ({"draft_length": 4, "max_draft_length": 0}, "must be at least 1, got 4 and 0"),
+    ],
+)
+def test_draft_lengths_that_are_refused(models, settings, message):
+    with pytest.raises(ValueError, match=f"draft_length and max_draft_length {message}"):
+        SpeculativeSampler(*models, **settings)
+
+
+@pytest.mark.parametrize("sampler_class", SAMPLERS)
+@pytest.mark.parametrize(
+    ("call", "message"),
+    [
+        ({"prompt_ids": []}, r"at least one token each, got 0 prompts, empty ones in rows \[\]"),
+        ({"prompt_ids": [[2], [], [3], []]}, r"at least one token each, got 4 prompts, empty ones in rows \[1, 3\]"),
+        ({"temperature": 0.0}, "temperature > 0, .* got 0.0, 1.0 and 3"),
+        ({"temperature": -1.0}, "temperature > 0, .* got -1.0, 1.0 and 3"),
+        ({"entropy_threshold": -0.5}, "entropy_threshold >= 0 .* got 1.0, -0.5 and 3"),
+        ({"entropy_threshold": float("nan")}, "entropy_threshold >= 0 .* got 1.0, nan and 3"),
+        ({"max_completion_length": 0}, "max_completion_length >= 1, got 1.0, 1.0 and 0"),
+    ],
+)
+def test_calls_that_are_refused(models, sampler_class, call, message):
+    with pytest.raises(ValueError, match=message):
+        sample(sampler_class(*models), **call)
+
+
+@pytest.mark.parametrize("sampler_class", SAMPLERS)
+@pytest.mark.parametrize("role", [0, 1], ids=["policy", "expert"])
+def test_a_model_that_returns_nan_is_named_and_stops(sampler_class, role):
+    models = [tiny_model(seed=1), tiny_model(seed=2)]
+    with torch.no_grad():
+        models[role].lm_head.weight.fill_(torch.nan)
+    message = (
+        r"Row 0, token 0 has log pi_mix = nan .* the policy or the expert returned a distribution that is not finite"
+    )
+    with pytest.raises(ValueError, match=message):
+        sample(sampler_class(*models, weighting="constant", max_weight=0.5))
+
+
+def test_temperature_divides_the_logits_of_both(models):
+    """The reference of all tests of laws: at half the temperature, probabilities are squared and normalised."""
+    warm, cold = Setting(temperature=1.0), Setting(temperature=0.5)
+    for model in models:
+        squared = fresh_probs(model, PROMPTS[:1], warm).square()
+        torch.testing.assert_close(fresh_probs(model, PROMPTS[:1], cold), squared / squared.sum(-1, keepdim=True))
