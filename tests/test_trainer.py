@@ -11,7 +11,7 @@ from functools import partial
 import pytest
 import torch
 from peft import LoraConfig
-from transformers import AutoModelForCausalLM, AutoTokenizer
+from transformers import AutoModelForCausalLM, AutoTokenizer, Qwen2Config
 
 from tests.training import EXPERT, POLICY, QUICKSTART, filler_reward, length_reward, make_trainer, path_dataset
 from trl_selective import SelectiveGuidanceGRPOConfig, SelectiveGuidanceGRPOTrainer
@@ -414,6 +414,37 @@ def test_another_vocabulary_is_refused(tmp_path):
 def test_what_generates_in_other_ways_is_refused(tmp_path, name):
     with pytest.raises(ValueError, match=f"`{name}` cannot be combined with num_guided_generations > 0"):
         make_trainer(tmp_path, init={name: [print] if name == "tools" else print})
+
+
+@pytest.mark.parametrize(
+    ("attribute", "message"),
+    [
+        ("_is_vlm", "needs a text model, got a processor with images"),
+        (
+            "is_fsdp_enabled",
+            "needs the whole policy on each process, got FSDP or DeepSpeed ZeRO-3, which shard it. Use DDP",
+        ),
+    ],
+)
+def test_models_that_cannot_be_guided_yet_are_refused(tmp_path, attribute, message):
+    """Neither can be set up on a CPU: what TRL would say of such a model is set by hand."""
+    trainer = make_trainer(tmp_path)
+    setattr(trainer, attribute, True)
+    with pytest.raises(ValueError, match=message):
+        trainer._set_up_guidance(EXPERT, None)
+
+
+def test_a_cache_that_cannot_take_tokens_back_is_refused_for_drafts(tmp_path):
+    config = Qwen2Config(vocab_size=45, hidden_size=16, intermediate_size=16, num_hidden_layers=2, num_attention_heads=2,
+                         num_key_value_heads=1, use_sliding_window=True, sliding_window=8, max_window_layers=0,
+                         eos_token_id=1, pad_token_id=0)  # fmt: skip
+    expert = AutoModelForCausalLM.from_config(config)
+    init = {"expert_processing_class": AutoTokenizer.from_pretrained(EXPERT)}
+    with pytest.raises(
+        ValueError, match=r"The expert .* has sliding-window or recurrent layers.*Use guided_sampler='stepwise'"
+    ):
+        make_trainer(tmp_path, expert_model=expert, guided_sampler="speculative", init=init)
+    assert len(trained(tmp_path, expert_model=expert, init=init, max_steps=1).batches) == 1  # stepwise takes it
 
 
 def test_init_kwargs_need_a_name(tmp_path):

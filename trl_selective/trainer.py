@@ -300,11 +300,13 @@ class SelectiveGuidanceGRPOTrainer(GRPOTrainer):
     # ---- Loss --------------------------------------------------------------------------------------------------------------------------
 
     def _compute_loss(self, model, inputs):
-        if not (self.num_guided_generations and self.model.training and self._guidance_coef() > 0):
+        is_guided = inputs.get("is_guided")
+        needs_entropies = is_guided is not None or (self.num_guided_generations and self._guidance_coef() > 0)
+        if not needs_entropies or not self.model.training:
             return super()._compute_loss(model, inputs)
         self._on_policy_mask = inputs["completion_mask"].bool()
-        if "is_guided" in inputs:
-            self._on_policy_mask &= ~inputs["is_guided"].unsqueeze(1)
+        if is_guided is not None:
+            self._on_policy_mask &= ~is_guided.unsqueeze(1)
         try:
             loss = super()._compute_loss(model, inputs)
         finally:
