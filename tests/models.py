@@ -3,6 +3,7 @@
 from typing import Any
 
 import torch
+from peft import LoraConfig, PeftModel, get_peft_model
 from transformers import (
     AutoModelForCausalLM,
     Gemma3TextConfig,
@@ -57,3 +58,15 @@ def tiny_model(
                 weight.normal_(0, 0.5, generator=generator)
         model.get_output_embeddings().weight.mul_(sharpness)
     return model.eval()
+
+
+def tiny_adapter(seed: int, **model) -> PeftModel:
+    """A `tiny_model` with LoRA weights that matter."""
+    config = LoraConfig(r=4, target_modules=["q_proj", "v_proj", "up_proj"])
+    adapted = get_peft_model(tiny_model(seed, **model), config).eval()
+    generator = torch.Generator().manual_seed(seed)
+    with torch.no_grad():
+        for name, weight in adapted.named_parameters():
+            if "lora_" in name:
+                weight.normal_(0, 0.7, generator=generator)
+    return adapted

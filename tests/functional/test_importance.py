@@ -51,26 +51,36 @@ def test_what_lies_behind_the_mask_never_counts():
     log_ratio = torch.tensor([[0.5, torch.nan, torch.inf]])
     mask = torch.tensor([[True, False, False]])
     assert sequence_importance_weight(log_ratio, mask).item() == pytest.approx(math.exp(0.5))
-    for correction in ("token_truncate", "token_mask", "sequence_truncate", "sequence_mask"):
+    for correction in ("token_truncate", "token_mask"):
         weights = guided_importance_weight(log_ratio, mask, correction)
         assert weights.tolist() == [[pytest.approx(math.exp(0.5)), 1.0, 1.0]]
+    for correction in ("sequence_truncate", "sequence_mask"):
+        weights = guided_importance_weight(log_ratio, mask, correction)
+        assert weights.tolist() == [[pytest.approx(math.exp(0.5))]]
 
 
 @pytest.mark.parametrize(
     ("correction", "expected"),
     [
-        # rows have ratios 0.5, 4 (product 2) and 4, 4 (product 16); the last position is no guided token
-        ("token_truncate", [[0.5, 3.0, 1.0], [3.0, 3.0, 1.0]]),
-        ("token_mask", [[0.5, 0.0, 1.0], [0.0, 0.0, 1.0]]),
-        ("sequence_truncate", [[2.0, 2.0, 1.0], [3.0, 3.0, 1.0]]),
-        ("sequence_mask", [[2.0, 2.0, 1.0], [0.0, 0.0, 1.0]]),
+        # rows have ratios 0.5, 4 (product 2) and 4, 4 (product 16); the last position, and the last row, are not guided
+        ("token_truncate", [[0.5, 3.0, 1.0], [3.0, 3.0, 1.0], [1.0, 1.0, 1.0]]),
+        ("token_mask", [[0.5, 0.0, 1.0], [0.0, 0.0, 1.0], [1.0, 1.0, 1.0]]),
+        ("sequence_truncate", [[2.0], [3.0], [1.0]]),
+        ("sequence_mask", [[2.0], [0.0], [1.0]]),
     ],
 )
 def test_each_correction_in_numbers(correction, expected):
-    log_ratio = torch.stack([logs(0.5, 4.0, 8.0), logs(4.0, 4.0, 8.0)])
-    mask = torch.tensor([[1, 1, 0], [1, 1, 0]])
+    log_ratio = torch.stack([logs(0.5, 4.0, 8.0), logs(4.0, 4.0, 8.0), logs(9.0, 9.0, 9.0)])
+    mask = torch.tensor([[1, 1, 0], [1, 1, 0], [0, 0, 0]])
     weights = guided_importance_weight(log_ratio, mask, correction, 3.0)
     torch.testing.assert_close(weights, torch.tensor(expected, dtype=torch.float64))
+
+
+@pytest.mark.parametrize("correction", ["token_truncate", "token_mask", "sequence_truncate", "sequence_mask"])
+def test_a_row_that_is_not_guided_has_the_weight_1_whatever_the_level(correction):
+    weights = guided_importance_weight(torch.zeros(2, 3), torch.tensor([[1, 1, 1], [0, 0, 0]]), correction, 0.5)
+    assert (weights[0] == (0.5 if correction.endswith("truncate") else 0.0)).all()
+    assert (weights[1] == 1).all()
 
 
 @pytest.mark.parametrize("weight", [0.0, 0.3, 0.95])

@@ -2,9 +2,8 @@
 
 import pytest
 import torch
-from peft import LoraConfig, get_peft_model
 
-from tests.models import FORGETFUL, MINDFUL, tiny_model
+from tests.models import FORGETFUL, MINDFUL, tiny_adapter, tiny_model
 from tests.sampling.reference import PROMPTS, Guidance, assert_recorded, fresh_probs
 from trl_selective.sampling import SpeculativeSampler, can_forget_tokens
 
@@ -91,20 +90,15 @@ def test_bfloat16(kind):
 
 
 @pytest.mark.parametrize("kind", KINDS)
-def test_an_adapter_is_part_of_the_policy(kind):
-    base = tiny_model(1)
-    config = LoraConfig(r=4, target_modules=["q_proj", "v_proj", "up_proj"], init_lora_weights=False)
-    policy = get_peft_model(base, config).eval()
-    with torch.no_grad():
-        for name, weight in policy.named_parameters():
-            if "lora_" in name:
-                weight.normal_(0, 0.7)
-    with policy.disable_adapter():
-        without = fresh_probs(policy, [PROMPTS[0]], RAMP)
-    assert (fresh_probs(policy, [PROMPTS[0]], RAMP) - without).abs().max() > 0.05
-    expert = tiny_model(2)
-    rollout = RAMP.sample(kind, policy, expert, PROMPTS * 3, length=LENGTH, eos={1})
-    assert_recorded(rollout, policy, expert, PROMPTS * 3, RAMP)
+@pytest.mark.parametrize("role", ["policy", "expert"])
+def test_an_adapter_is_part_of_the_model(kind, role):
+    plain, with_adapter = tiny_model(1), tiny_adapter(2)
+    with with_adapter.disable_adapter():
+        without = fresh_probs(with_adapter, [PROMPTS[0]], RAMP)
+    assert (fresh_probs(with_adapter, [PROMPTS[0]], RAMP) - without).abs().max() > 0.05
+    models = (with_adapter, plain) if role == "policy" else (plain, with_adapter)
+    rollout = RAMP.sample(kind, *models, PROMPTS * 3, length=LENGTH, eos={1})
+    assert_recorded(rollout, *models, PROMPTS * 3, RAMP)
 
 
 @pytest.mark.parametrize("kind", KINDS)
