@@ -1,5 +1,7 @@
 """Evaluation: what it counts, and what it leaves alone."""
 
+import math
+
 import pytest
 import torch
 from datasets import Dataset
@@ -83,6 +85,20 @@ def test_columns_reach_the_reward_and_none_is_wrong(expert):
     assert result.pass_at_k == {1: 0.0}
     assert len(seen["prompts"]) == len(seen["walls"]) == len(seen["completions"]) == 6
     assert seen["prompts"][:3] == [path_dataset(2)[0]["prompt"]] * 3
+
+
+def test_the_models_own_penalties_do_not_count():
+    """Many a model on the Hub ships with a repetition penalty, which training does not use."""
+    model, tokenizer = AutoModelForCausalLM.from_pretrained(POLICY), AutoTokenizer.from_pretrained(POLICY)
+    plain = run((model, tokenizer))
+    model.generation_config.update(repetition_penalty=1.8, min_p=0.3, typical_p=0.5, top_k=3, top_p=0.5)
+    assert run((model, tokenizer)).completions == plain.completions
+
+
+def test_a_single_problem_has_no_standard_error(expert):
+    result = run(expert, dataset=path_dataset(1))
+    assert math.isnan(result.standard_error[1])
+    assert 0 <= result.pass_at_k[1] <= 1
 
 
 def test_conversations_go_through_the_chat_template():

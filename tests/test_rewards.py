@@ -69,7 +69,7 @@ def test_format(completion, reward):
 
 @pytest.mark.parametrize(
     ("text", "boxed"),
-    [(r"a \boxed{b{c}d} e", r"\boxed{b{c}d}"), (r"\boxed{a} \boxed{b", None), ("no", None), (r"\boxed{\{1\}}", r"\boxed{\{1\}}")],
+    [(r"a \boxed{b{c}d} e", r"\boxed{b{c}d}"), (r"\boxed{a} \boxed{b", None), ("no", None), (r"\boxed{\{1\}}", r"\boxed{\{1\}}"), (r"\boxed{\left\{a\\{b}\right.} e", r"\boxed{\left\{a\\{b}\right.}")],
 )  # fmt: skip
 def test_last_boxed(text, boxed):
     assert last_boxed(text) == boxed

@@ -5,6 +5,8 @@ from dataclasses import dataclass, field
 
 import torch
 from datasets import Dataset
+from jaxtyping import Float
+from torch import Tensor
 from tqdm.auto import tqdm
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
@@ -17,7 +19,7 @@ class Evaluation:
 
     Attributes:
         pass_at_k: k -> mean over problems of the chance that one of k samples is right.
-        standard_error: k -> standard error of that mean over problems.
+        standard_error: k -> standard error of that mean over problems; NaN for a single problem.
         distinct_correct: mean number of different right answers per problem, among its samples.
         num_problems, num_samples: how many problems, and samples of each.
         completions, is_correct: what was sampled, by problem.
@@ -85,7 +87,8 @@ def evaluate(
     was_training = model.training
     model.eval()
     try:
-        with torch.random.fork_rng(devices=[model.device] if model.device.type == "cuda" else []):
+        devices = [] if model.device.type == "cpu" else [model.device]
+        with torch.random.fork_rng(devices, device_type=model.device.type):
             torch.manual_seed(seed)
             for start in tqdm(range(0, len(rows), batch_size), desc=description):
                 batch = rows[start : start + batch_size]
@@ -105,7 +108,7 @@ def evaluate(
     ]
     return Evaluation(
         pass_at_k={k: estimate.mean().item() for k, estimate in estimates.items()},
-        standard_error={k: (estimate.std() / len(dataset) ** 0.5).item() for k, estimate in estimates.items()},
+        standard_error={k: _standard_error(estimate) for k, estimate in estimates.items()},
         distinct_correct=sum(map(len, distinct)) / len(dataset),
         num_problems=len(dataset),
         num_samples=num_samples,
@@ -114,9 +117,15 @@ def evaluate(
     )
 
 
+def _standard_error(values: Float[Tensor, "problems"]) -> float:
+    """Of the mean of `values`."""
+    num = len(values)
+    return ((values - values.mean()).square().sum() / (num * (num - 1))).sqrt().item()
+
+
 @torch.no_grad()
 def _sample(model, processing_class, prompts: list, max_completion_length: int, temperature: float) -> list[str]:
-    """One completion for each prompt, from the model's full distribution at `temperature`."""
+    """One completion for each prompt, from the model's full distribution at `temperature`, whatever penalties its generation config sets."""
     is_chat = not isinstance(prompts[0], str)
     if is_chat:
         prompts = [
@@ -137,6 +146,9 @@ def _sample(model, processing_class, prompts: list, max_completion_length: int, 
         temperature=temperature,
         top_k=0,
         top_p=1.0,
+        min_p=0.0,
+        typical_p=1.0,
+        repetition_penalty=1.0,
         max_new_tokens=max_completion_length,
         eos_token_id=sorted({*(ends if isinstance(ends, list) else [ends]), processing_class.eos_token_id} - {None}),
         pad_token_id=processing_class.pad_token_id,

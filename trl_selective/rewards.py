@@ -11,6 +11,7 @@ from functools import partial
 Completion = str | Sequence[dict]
 
 BOXED = "\\boxed{"
+BRACE = re.compile(r"\\.|[{}]", re.DOTALL)  # an escaped one, as in `\{1, 2\}`, opens and closes nothing
 ONE_THOUGHT = re.compile(r"\s*<think>(?:(?!</?think>).)*</think>(?P<answer>(?:(?!</?think>).)*)", re.DOTALL)
 
 
@@ -70,8 +71,8 @@ def last_boxed(text: str) -> str | None:
     r"""The last `\boxed{...}` of a text, up to the brace that closes it; None if there is none or it stays open."""
     start = text.rfind(BOXED)
     depth = 0
-    for end in range(start, len(text)) if start >= 0 else ():
-        depth += {"{": 1, "}": -1}.get(text[end], 0)
-        if depth == 0 and text[end] == "}":
-            return text[start : end + 1]
+    for brace in BRACE.finditer(text, start) if start >= 0 else ():
+        depth += {"{": 1, "}": -1}.get(brace[0], 0)
+        if depth == 0 and brace[0] == "}":
+            return text[start : brace.end()]
     return None
