@@ -14,7 +14,8 @@ Settings come from the YAML file, and from the command line, which wins: those o
         --output_dir outputs/Qwen2.5-3B-guided
 
 It writes the model with its tokenizer and card, `trainer_state.json` with all logs, and `training_dynamics.png` to the output folder;
-`--push_to_hub` pushes them; `--resume_from_checkpoint <folder>` goes on from a checkpoint.
+`--push_to_hub` pushes them; `--resume_from_checkpoint true` goes on from the last checkpoint there, `--resume_from_checkpoint <folder>` from
+that one.
 """
 
 import importlib
@@ -24,7 +25,7 @@ from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
 
-from datasets import DatasetDict, load_dataset, load_from_disk
+from datasets import Dataset, DatasetDict, load_dataset, load_from_disk
 from transformers import AutoTokenizer, PreTrainedTokenizerBase
 from trl import ModelConfig, TrlParser, get_peft_config, get_quantization_config
 
@@ -64,7 +65,7 @@ class ScriptArguments:
 
 
 def load_reward(name: str) -> Callable:
-    """A reward function by its short name or its dotted path."""
+    """A reward function by its short name, or by its dotted path from the working directory or any importable place."""
     if name in REWARD_FUNCS:
         return REWARD_FUNCS[name]
     module, _, function = name.rpartition(".")
@@ -85,9 +86,19 @@ def load_splits(arguments: ScriptArguments) -> DatasetDict:
         splits = load_dataset(LOADERS[path.suffix], data_files={arguments.dataset_train_split: str(path)})
     elif (path / "dataset_dict.json").exists():
         splits = load_from_disk(str(path))
+    elif (path / "state.json").exists():  # what `Dataset.save_to_disk` leaves
+        splits = DatasetDict({arguments.dataset_train_split: load_from_disk(str(path))})
     else:
         splits = load_dataset(arguments.dataset_name, name=arguments.dataset_config)
     return splits.map(lambda row: {"prompt": as_prompt(row, arguments)}, desc="prompts")
+
+
+def choose_split(splits: DatasetDict, name: str, setting: str) -> Dataset:
+    if name not in splits:
+        raise ValueError(
+            f"The dataset has no split {name!r}, only {list(splits)}: set {setting}. A folder with train.jsonl and test.jsonl has two."
+        )
+    return splits[name]
 
 
 def as_prompt(row: dict, arguments: ScriptArguments) -> str | list[dict]:
@@ -118,9 +129,14 @@ def plot(trainer: SelectiveGuidanceGRPOTrainer, path: Path) -> None:
     try:
         from trl_selective.reporting.plots import plot_training_dynamics
 
-        plot_training_dynamics({path.parent.name: trainer.state.log_history}, path)
-    except ImportError as error:
+        plot_training_dynamics({path.resolve().parent.name: trainer.state.log_history}, path)
+    except (ImportError, ValueError) as error:  # no matplotlib, or nothing logged: no reason to fail after training
         print(f"No picture of the training dynamics: {error}")
+
+
+def resume_point(value: str | bool | None) -> str | bool | None:
+    """A folder, or whether to look for the last checkpoint. On the command line it arrives as a word."""
+    return {"true": True, "false": False}.get(str(value).lower(), value)
 
 
 def main(arguments: ScriptArguments, args: SelectiveGuidanceGRPOConfig, model: ModelConfig) -> None:
@@ -131,29 +147,32 @@ def main(arguments: ScriptArguments, args: SelectiveGuidanceGRPOConfig, model: M
         **(args.model_init_kwargs or {}),
     }
     splits = load_splits(arguments)
+    train_dataset = choose_split(splits, arguments.dataset_train_split, "dataset_train_split")
+    eval_dataset = None
+    if args.eval_strategy != "no":
+        eval_dataset = choose_split(splits, arguments.dataset_test_split, "dataset_test_split")
     trainer = SelectiveGuidanceGRPOTrainer(
         model=model.model_name_or_path,
         reward_funcs=[load_reward(name) for name in arguments.reward_funcs or ()],
         args=args,
-        train_dataset=splits[arguments.dataset_train_split],
-        eval_dataset=splits[arguments.dataset_test_split] if args.eval_strategy != "no" else None,
+        train_dataset=train_dataset,
+        eval_dataset=eval_dataset,
         processing_class=load_tokenizer(arguments, model),
         peft_config=get_peft_config(model),
         quantization_config=get_quantization_config(model),
     )
-    trainer.train(resume_from_checkpoint=args.resume_from_checkpoint)
+    trainer.train(resume_from_checkpoint=resume_point(args.resume_from_checkpoint))
 
     trainer.save_model(args.output_dir)
     trainer.save_state()
     if trainer.is_world_process_zero():
         plot(trainer, Path(args.output_dir, "training_dynamics.png"))
-    dataset_name = (
-        None if Path(arguments.dataset_name).exists() else arguments.dataset_name
-    )  # a card names what others can load
+    # A card names what others can load.
+    dataset_name = None if Path(arguments.dataset_name).exists() else arguments.dataset_name
     if args.push_to_hub:
         trainer.push_to_hub(dataset_name=dataset_name)
     else:
-        trainer.create_model_card(model_name=Path(args.output_dir).name, dataset_name=dataset_name)
+        trainer.create_model_card(model_name=Path(args.output_dir).resolve().name, dataset_name=dataset_name)
     trainer.accelerator.print(f"Model, card and logs are in {args.output_dir}.")
     if hasattr(trainer, "end"):  # Transformers >= 5.18: closes trackers and the process group
         trainer.end()

@@ -2,17 +2,27 @@
 
 import json
 import os
+import re
+import runpy
+import shutil
 import subprocess
 import sys
 
 import pytest
 import torch
 from datasets import Dataset, DatasetDict
+from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM, AutoTokenizer
+from trl import ModelConfig, TrlParser
 
 from tests.training import EXPERT, POLICY, QUICKSTART, path_dataset
+from trl_selective import SelectiveGuidanceGRPOConfig
 
-SCRIPT = QUICKSTART.parent / "selective_grpo.py"
+RECIPES = QUICKSTART.parent
+SCRIPT = RECIPES / "selective_grpo.py"
+sys.path.insert(0, str(RECIPES))
+from selective_grpo import ScriptArguments, load_splits, resume_point  # noqa: E402
+
 SETTINGS = """
 model_name_or_path: {policy}
 expert_model_name_or_path: {expert}
@@ -42,13 +52,18 @@ def half(completions, walls, **kwargs):
 """
 
 
-def launch(folder, *arguments, data=None):
-    """`accelerate launch` in `folder`, where the reward is."""
+def prepare(folder, data=None):
+    """A working directory with problems, rewards and a config."""
     if data is None:
         data = folder / "problems.jsonl"
         data.write_text("".join(json.dumps(row) + "\n" for row in path_dataset(16)))
     (folder / "my_reward.py").write_text(REWARD)
     (folder / "config.yaml").write_text(SETTINGS.format(policy=POLICY, expert=EXPERT, folder=folder, data=data))
+
+
+def launch(folder, *arguments, data=None):
+    """`accelerate launch` in `folder`."""
+    prepare(folder, data)
     how = ["--cpu", "--num_processes=1", "--num_machines=1", "--mixed_precision=no", "--dynamo_backend=no"]
     command = [
         sys.executable,
@@ -116,20 +131,23 @@ def test_an_adapter_with_a_conversation_and_an_evaluation(tmp_path):
         ),
         (("--eos_token", "<|im_end|>"), "eos_token='<|im_end|>' is not in the vocabulary"),
         (("--entropy_quantile", "95"), "It is a fraction: pass 0.95"),
-        (("--num_guided", "2", "--nonsense", "1"), "--nonsense"),
+        (("--nonsense", "1"), "--nonsense"),
+        (("--eval_strategy", "steps"), "The dataset has no split 'test', only ['train']: set dataset_test_split"),
+        (("--dataset_name", "one", "--eval_strategy", "steps"), "only ['train']: set dataset_test_split"),
     ],
 )
-def test_errors_reach_the_user(tmp_path, arguments, message):
-    result = launch(tmp_path, *arguments)
-    assert result.returncode != 0
-    assert message in result.stderr
+def test_errors_reach_the_user(tmp_path, monkeypatch, arguments, message):
+    prepare(tmp_path)
+    path_dataset(2).save_to_disk(str(tmp_path / "one"))
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(sys, "path", [*sys.path])
+    monkeypatch.setattr(sys, "argv", ["selective_grpo.py", "--config", "config.yaml", *arguments])
+    with pytest.raises(ValueError, match=re.escape(message)):
+        runpy.run_path(str(SCRIPT), run_name="__main__")
 
 
 def test_splits_of_a_folder(tmp_path):
     """Files called train and test are the splits."""
-    sys.path.insert(0, str(SCRIPT.parent))
-    from selective_grpo import ScriptArguments, load_splits
-
     for name, count in (("train", 3), ("test", 2)):
         Dataset.from_dict({"q": [f"{name} {i}" for i in range(count)]}).to_json(tmp_path / f"{name}.jsonl")
     splits = load_splits(ScriptArguments(dataset_name=str(tmp_path), prompt_column="q", system_prompt="Be brief."))
@@ -141,8 +159,57 @@ def test_splits_of_a_folder(tmp_path):
 
 
 def test_without_a_dataset():
-    sys.path.insert(0, str(SCRIPT.parent))
-    from selective_grpo import ScriptArguments, load_splits
-
     with pytest.raises(ValueError, match="dataset_name is not set"):
         load_splits(ScriptArguments())
+
+
+def test_a_run_resumes_and_needs_no_logs(tmp_path):
+    """From step 2 of 3, found by the word `true`, to the parameters of the unbroken run."""
+    steps = ("--max_steps", "3", "--logging_strategy", "no")
+    result = launch(tmp_path, *steps, "--save_strategy", "steps", "--save_steps", "2")
+    assert result.returncode == 0, result.stderr[-3000:]
+    assert "No picture of the training dynamics" in result.stdout
+    out = tmp_path / "out"
+    expected = load_file(out / "model.safetensors")
+    shutil.rmtree(out / "checkpoint-3")
+    (out / "model.safetensors").unlink()
+    result = launch(tmp_path, *steps, "--resume_from_checkpoint", "true")
+    assert result.returncode == 0, result.stderr[-3000:]
+    resumed = load_file(out / "model.safetensors")
+    assert all(torch.equal(resumed[name], value) for name, value in expected.items())
+    assert " 3/3 " in result.stderr
+    assert " 1/3 " not in result.stderr  # it did not start again
+
+
+@pytest.mark.parametrize(
+    ("value", "expected"), [("true", True), (True, True), ("False", False), (None, None), ("out/c-2", "out/c-2")]
+)
+def test_resume_point(value, expected):
+    assert resume_point(value) == expected
+
+
+def parse(*arguments):
+    return TrlParser((ScriptArguments, SelectiveGuidanceGRPOConfig, ModelConfig)).parse_args_and_config(arguments)
+
+
+def test_the_config_for_qwen_has_the_papers_numbers():
+    """128 prompts of 8 + 4 rollouts per batch, two updates on it, alpha to 0 over 120 of 200 batches; whole groups on each of 8 processes."""
+    config = RECIPES / "Qwen2.5-3B" / "mentor" / "config.yaml"
+    script, args, model = parse("--config", str(config), "--bf16", "false", "--use_cpu", "true")
+    assert (script.reward_funcs, args.reward_weights) == (["boxed_accuracy", "think_boxed_format"], [0.9, 0.1])
+    assert (model.model_name_or_path, args.expert_model_name_or_path) == ("Qwen/Qwen2.5-3B", "open-r1/OpenR1-Qwen-7B")
+    local_rows = args.per_device_train_batch_size * args.steps_per_generation
+    assert local_rows % args.num_generations == 0
+    assert 8 * local_rows == 128 * (8 + 4)
+    assert (args.num_generations, args.num_guided_generations) == (12, 4)
+    assert args.steps_per_generation == 2 * args.gradient_accumulation_steps
+    alpha = args.guidance_coef_schedule(args.max_steps)
+    assert [alpha(0), alpha(240)] == pytest.approx([1.0, 0.0])
+    assert alpha(239) > 0
+
+
+def test_json_settings_on_the_command_line():
+    _, args, _ = parse(
+        "--output_dir", "out", "--bf16", "false", "--num_guided_generations", "4", "--expert_model_init_kwargs", '{"dtype": "float16"}'
+    )  # fmt: skip
+    assert args.expert_model_init_kwargs == {"dtype": "float16"}
