@@ -471,15 +471,32 @@ def test_a_distribution_that_is_not_finite_stops_training(tmp_path):
 
 TWO_PROCESSES = """
 import json, sys
-from tests.training import make_trainer
-trainer = make_trainer(sys.argv[1], max_steps=3, per_device_train_batch_size=8, entropy_threshold_init=None)
+from tests.test_trainer import Watched, expected_advantages
+from tests.training import length_reward, make_trainer
+trainer = make_trainer(sys.argv[1], trainer_class=Watched, max_steps=3, per_device_train_batch_size=8, entropy_threshold_init=None,
+                       reward_funcs=length_reward)
 trainer.train()
-entries = [e for e in trainer.state.log_history if "guidance/entropy_threshold" in e]
-rank = trainer.accelerator.process_index
-weight = trainer.accelerator.unwrap_model(trainer.model).lm_head.weight
-record = {"thresholds": [trainer._threshold.value], "sum": weight.double().sum().item(), "logs": entries}
-json.dump(record, open(f"{sys.argv[1]}/rank{rank}.json", "w"))
+record = {
+    "threshold": trainer._threshold.value,
+    "sum": trainer.accelerator.unwrap_model(trainer.model).lm_head.weight.double().sum().item(),
+    "advantages": trainer.outputs[-1]["advantages"].tolist(),
+    "expected": expected_advantages(trainer, trainer.outputs[-1]).tolist(),
+    "reward": trainer.state.log_history[-2]["reward"],
+    "own_rewards": trainer.batches[-1].rewards_per_func[:, 0].tolist(),
+    "logged": list(trainer._logs["advantages"]),
+}
+json.dump(record, open(f"{sys.argv[1]}/rank{trainer.accelerator.process_index}.json", "w"))
 """
+
+
+def expected_advantages(trainer, output):
+    """Eq. 10-11 from the completions of this process alone, for groups of 2 + 2, alpha = 1 and a range of 1."""
+    ids = output["completion_ids"] * output["completion_mask"]
+    rewards = torch.tensor(length_reward(trainer.processing_class.batch_decode(ids, skip_special_tokens=True))).view(
+        -1, 4
+    )
+    own, guided = rewards.split(2, dim=1)
+    return torch.cat([on_policy_advantages(own), guided_advantages(guided, own, 1.0, 1.0)], dim=1).flatten()
 
 
 def test_two_processes_agree_on_threshold_and_parameters(tmp_path):
@@ -498,7 +515,12 @@ def test_two_processes_agree_on_threshold_and_parameters(tmp_path):
     result = subprocess.run(command, cwd=root, env={**os.environ, "PYTHONPATH": root}, capture_output=True, text=True)
     assert result.returncode == 0, result.stderr[-3000:]
     first, second = (json.loads((tmp_path / f"rank{rank}.json").read_text()) for rank in (0, 1))
-    assert first["thresholds"] == second["thresholds"]
-    assert first["thresholds"][0] > 0
+    assert first["threshold"] == second["threshold"] > 0
     assert first["sum"] == second["sum"]
-    assert len(first["logs"]) == 2  # the first batch measures
+    for record in (first, second):
+        assert record["advantages"] == pytest.approx(record["expected"], abs=1e-5)
+    assert first["advantages"] != second["advantages"]
+    rewards = torch.tensor(first["own_rewards"]).view(-1, 4)[:, :2]  # of all processes
+    assert rewards.numel() == 8
+    assert first["reward"] == second["reward"] == pytest.approx(rewards.mean().item())
+    assert first["logged"] == pytest.approx(first["advantages"] + second["advantages"])
