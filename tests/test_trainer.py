@@ -171,6 +171,22 @@ def test_the_correction_multiplies_guided_tokens_by_pi_theta_over_pi_mix(tmp_pat
         torch.testing.assert_close(row[: len(policy)], advantage * weight, rtol=1e-4, atol=1e-6)
 
 
+def test_the_record_agrees_with_the_forward_of_the_loss(tmp_path):
+    """log pi_theta and H as TRL computes them, at the temperature of training."""
+    trainer = trained(tmp_path, temperature=0.7, learning_rate=0.0, max_steps=1)
+    (output,), (batch,) = trainer.outputs, trainer.batches
+    ids = torch.cat([output["prompt_ids"], output["completion_ids"]], dim=1)
+    mask = torch.cat([output["prompt_mask"], output["completion_mask"]], dim=1)
+    with torch.no_grad():
+        logps, entropies, _ = trainer._get_per_token_logps_and_entropies(
+            trainer.model, ids, mask, output["completion_ids"].size(1), compute_entropy=True
+        )
+    selected = output["completion_mask"].bool() & output["is_guided"].unsqueeze(1)
+    for record, values in (("policy_per_token_logps", logps), ("entropies", entropies)):
+        recorded = torch.cat([torch.tensor(row) for row in getattr(batch.rollout, record)])
+        torch.testing.assert_close(recorded, values[selected], rtol=0, atol=2e-4)
+
+
 def test_a_capped_weight_bounds_the_ratio(tmp_path):
     """w <= 0.9, so pi_theta / pi_mix <= 1 / (1 - 0.9)."""
     trainer = trained(tmp_path, preset="mentor_corrected", num_guided_generations=2, per_device_train_batch_size=64)
