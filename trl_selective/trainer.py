@@ -170,7 +170,7 @@ class SelectiveGuidanceGRPOTrainer(GRPOTrainer):
             max_weight=args.guidance_weight_max,
             vocab_size=check_expert(self.expert_model, tokenizer, self._tokenizer, self.eos_token_ids),
             pad_token_id=self._tokenizer.pad_token_id,
-            expert_first_token=args.first_token_from_expert,
+            first_token_from_expert=args.first_token_from_expert,
         )
         self._threshold = EntropyThreshold(
             self.model.config.get_text_config().vocab_size,

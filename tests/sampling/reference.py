@@ -20,11 +20,11 @@ class Guidance:
     threshold: float = 1.5
     max_weight: float = 1.0
     temperature: float = 1.0
-    expert_first_token: bool = False
+    first_token_from_expert: bool = False
     vocab_size: int = 7
 
     def weight(self, entropy: Tensor, position: int) -> Tensor:
-        if self.expert_first_token and position == 0:
+        if self.first_token_from_expert and position == 0:
             return torch.ones_like(entropy)
         if self.weighting == "constant":
             return torch.full_like(entropy, self.max_weight)
@@ -37,7 +37,7 @@ class Guidance:
         kwargs = {
             "weighting": self.weighting,
             "max_weight": self.max_weight,
-            "expert_first_token": self.expert_first_token,
+            "first_token_from_expert": self.first_token_from_expert,
             **kwargs,
         }
         if kind == "stepwise":

@@ -43,7 +43,7 @@ def calls(models, monkeypatch):
         Guidance(threshold=1.0, temperature=0.8),
         Guidance(threshold=0.3, max_weight=0.7, temperature=1.3),
         Guidance("hard_gate", threshold=1.0, max_weight=0.9),
-        Guidance(threshold=2.0, expert_first_token=True),
+        Guidance(threshold=2.0, first_token_from_expert=True),
         W0,
         W1,
     ],

@@ -47,7 +47,13 @@ def test_by_name(models):
 @pytest.mark.parametrize("name", ["stepwise", "speculative"])
 def test_settings_reach_the_sampler(models, name):
     sampler = make(
-        name, *models, weighting="constant", max_weight=0.25, vocab_size=5, pad_token_id=2, expert_first_token=True
+        name,
+        *models,
+        weighting="constant",
+        max_weight=0.25,
+        vocab_size=5,
+        pad_token_id=2,
+        first_token_from_expert=True,
     )
     rollout = sample(sampler, eos_token_ids=())
     assert rollout.guidance_weights == [[1.0, 0.25, 0.25]] * 3

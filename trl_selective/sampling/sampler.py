@@ -37,7 +37,7 @@ class GuidedSampler(ABC):
         max_weight: upper bound of w, in [0, 1].
         vocab_size: ids from here on are never drawn; None for all that both heads have.
         pad_token_id: any valid id, for padding.
-        expert_first_token: draw the first token of every completion from the expert alone, as the paper's released code does.
+        first_token_from_expert: draw the first token of every completion from the expert alone, as the paper's released code does.
     """
 
     def __init__(
@@ -49,7 +49,7 @@ class GuidedSampler(ABC):
         max_weight: float = 1.0,
         vocab_size: int | None = None,
         pad_token_id: int = 0,
-        expert_first_token: bool = False,
+        first_token_from_expert: bool = False,
     ):
         if isinstance(weighting, str) and weighting not in WEIGHTINGS:
             raise ValueError(f"weighting must be one of {sorted(WEIGHTINGS)} or a function, got {weighting!r}.")
@@ -61,7 +61,7 @@ class GuidedSampler(ABC):
         heads = [model.config.get_text_config().vocab_size for model in (policy, expert)]  # type: ignore[operator, union-attr]
         self.vocab_size = min(*heads, vocab_size or heads[0])
         self.pad_token_id = pad_token_id
-        self.expert_first_token = expert_first_token
+        self.first_token_from_expert = first_token_from_expert
 
     @torch.no_grad()
     def sample(
@@ -118,4 +118,4 @@ class GuidedSampler(ABC):
     ) -> Float[Tensor, "rows positions"]:
         """The guidance weight w of each position."""
         weight = self.weighting(entropies, entropy_threshold, self.max_weight)
-        return torch.where(positions == 0, 1.0, weight) if self.expert_first_token else weight
+        return torch.where(positions == 0, 1.0, weight) if self.first_token_from_expert else weight
