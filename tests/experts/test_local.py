@@ -9,7 +9,7 @@ from transformers import PreTrainedTokenizerFast
 
 from tests.models import tiny_adapter, tiny_model
 from tests.training import EXPERT, POLICY
-from trl_selective.experts import check_expert, load_expert, load_expert_tokenizer
+from trl_selective.experts import check_expert, load_expert, load_expert_tokenizer, local
 
 CPU = torch.device("cpu")
 WORDS = ["<pad>", "<eos>", "a", "b", "c"]
@@ -51,6 +51,23 @@ def test_init_kwargs_reach_the_model(tmp_path):
     tiny_model(1).save_pretrained(tmp_path)
     expert = load_expert(str(tmp_path), CPU, init_kwargs={"attn_implementation": "eager"})
     assert expert.config._attn_implementation == "eager"
+
+
+@pytest.mark.parametrize(
+    ("init_kwargs", "trust"),
+    [(None, True), ({"trust_remote_code": False}, False)],
+    ids=["by_default", "unless_said_otherwise"],
+)
+def test_revision_and_trust_reach_the_loader(monkeypatch, init_kwargs, trust):
+    calls = []
+
+    def from_pretrained(name, **kwargs):
+        calls.append((name, kwargs["revision"], kwargs["trust_remote_code"]))
+        return tiny_model(1)
+
+    monkeypatch.setattr(local.AutoModelForCausalLM, "from_pretrained", from_pretrained)
+    load_expert("some/expert", CPU, revision="v2", init_kwargs=init_kwargs, trust_remote_code=True)
+    assert calls == [("some/expert", "v2", trust)]
 
 
 def test_a_model_is_frozen_in_place_and_keeps_its_dtype():

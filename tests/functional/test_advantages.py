@@ -2,6 +2,7 @@
 
 import pytest
 import torch
+from trl.trainer import utils as trl_utils
 
 from trl_selective.functional import guided_advantages, on_policy_advantages, total_reward
 from trl_selective.functional.advantages import nanstd
@@ -46,6 +47,21 @@ def test_without_nan_the_standard_deviation_is_torchs():
     with_gaps = values.masked_fill(torch.rand(5, 7) < 0.3, NAN)
     for row, std in zip(with_gaps, nanstd(with_gaps, dim=1), strict=True):
         torch.testing.assert_close(std, row[~row.isnan()].std())
+
+
+@pytest.mark.parametrize("scale_rewards", ["group", "batch", "none"])
+def test_on_policy_advantages_are_those_of_trl(scale_rewards):
+    """The lines of GRPOTrainer._generate_and_score_completions, with TRL's own standard deviation, rewards missing here and there."""
+    rewards = torch.randn(40, 5).masked_fill(torch.rand(40, 5) < 0.4, NAN)
+    rewards[0], rewards[1] = 0.7, NAN  # a group without variance, and one without rewards
+    std = {
+        "group": trl_utils.nanstd(rewards, dim=1, keepdim=True) + 1e-4,
+        "batch": trl_utils.nanstd(rewards) + 1e-4,
+        "none": 1.0,
+    }
+    expected = ((rewards - rewards.nanmean(1, keepdim=True)) / std[scale_rewards]).nan_to_num(nan=0.0)
+    assert expected.any()
+    torch.testing.assert_close(on_policy_advantages(rewards, scale_rewards), expected, rtol=1e-5, atol=1e-6)
 
 
 def test_order_inside_a_group_does_not_matter():

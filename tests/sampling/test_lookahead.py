@@ -4,6 +4,9 @@ import itertools
 
 import pytest
 
+from tests.models import tiny_model
+from tests.sampling.reference import PROMPTS, Guidance
+from trl_selective.sampling import speculative
 from trl_selective.sampling.lookahead import FIRST_LENGTHS, Lookahead
 
 
@@ -94,3 +97,49 @@ def test_the_choice_is_the_best_of_all():
 
         best = max(range(1, 17), key=rate)
         assert rate(trained(acceptance, intercept, slope).length()) == pytest.approx(rate(best))
+
+
+# What the sampler tells it.
+
+
+@pytest.fixture
+def told(monkeypatch):
+    """The arguments of every `observe`: (length, tested, accepted, policy_seconds, expert_seconds)."""
+    told, observe = [], Lookahead.observe
+
+    def note(self, *args):
+        told.append(args)
+        observe(self, *args)
+
+    monkeypatch.setattr(Lookahead, "observe", note)
+    return told
+
+
+def test_a_fixed_draft_length_needs_no_measurement(told):
+    Guidance(threshold=1.2).sample(3, tiny_model(1), tiny_model(2), PROMPTS, length=12)
+    assert told == []
+
+
+def test_all_rounds_but_the_one_that_reads_the_prompts_are_measured(told, monkeypatch):
+    """By a clock that ticks 10 seconds per policy forward and 1 per expert forward."""
+    models = tiny_model(1), tiny_model(2)
+    seconds = [0]
+    for model, cost in zip(models, (10, 1), strict=True):
+        model.register_forward_hook(lambda *_, cost=cost: seconds.__setitem__(0, seconds[0] + cost))
+    monkeypatch.setattr(speculative.time, "perf_counter", lambda: seconds[0])
+    rollout = Guidance("constant", max_weight=0.0).sample(None, *models, PROMPTS, length=12)
+    # Nothing is rejected, so that each of 3 rows drafts 4, unmeasured; 4 again and 2, in turn; of the next 8 the 2 that are left.
+    assert told == [(4, 12, 12, 40, 1), (2, 6, 6, 20, 1), (2, 6, 6, 20, 1)]
+    assert rollout.num_drafted == 36
+
+
+def test_a_draft_counts_as_tested_if_those_before_it_were_accepted(told):
+    guidance = Guidance("constant", max_weight=0.8)
+    rollout = guidance.sample(None, tiny_model(1), tiny_model(2), [PROMPTS[0]], length=40)
+    # A single row without ends: every tested draft is a token, and what was not accepted was redrawn by the expert.
+    first = rollout.num_tokens - sum(tested for _, tested, *_ in told)
+    assert 1 <= first <= FIRST_LENGTHS[0]
+    by_expert = [tested - accepted for _, tested, accepted, *_ in told]
+    assert set(by_expert) == {0, 1}
+    assert sum(by_expert) == sum(rollout.expert_drawn[0][first:])
+    assert all(accepted == length for length, tested, accepted, *_ in told if tested == accepted)

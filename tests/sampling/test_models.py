@@ -2,9 +2,10 @@
 
 import pytest
 import torch
+from torch import nn
 
 from tests.models import FORGETFUL, MINDFUL, tiny_adapter, tiny_model
-from tests.sampling.reference import PROMPTS, Guidance, assert_recorded, fresh_probs
+from tests.sampling.reference import PROMPTS, Guidance, assert_recorded, expected_record, fresh_probs
 from trl_selective.sampling import SpeculativeSampler, can_forget_tokens
 
 KINDS = ["stepwise", 3, 8]
@@ -73,6 +74,30 @@ def test_padded_heads(kind, policy_head, expert_head):
     assert_recorded(rollout, policy, expert, PROMPTS * 20, RAMP)
 
 
+class AllLogits(nn.Module):
+    """A model whose forward knows no `logits_to_keep`, and returns those of the whole block."""
+
+    def __init__(self, model):
+        super().__init__()
+        self.model, self.config = model, model.config
+
+    def forward(self, input_ids, attention_mask=None, position_ids=None, past_key_values=None, use_cache=None):
+        return self.model(
+            input_ids=input_ids,
+            attention_mask=attention_mask,
+            position_ids=position_ids,
+            past_key_values=past_key_values,
+            use_cache=use_cache,
+        )
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_a_model_that_returns_all_logits(kind):
+    models = tiny_model(1), tiny_model(2)
+    rollout = RAMP.sample(kind, *map(AllLogits, models), PROMPTS * 3, length=LENGTH, eos={1})
+    assert_recorded(rollout, *models, PROMPTS * 3, RAMP)
+
+
 def test_a_vocabulary_larger_than_the_heads_is_that_of_the_heads():
     sampler = RAMP.sampler(3, tiny_model(1, vocab_size=9), tiny_model(2, vocab_size=8), vocab_size=100)
     assert sampler.vocab_size == 8
@@ -87,6 +112,18 @@ def test_bfloat16(kind):
     # A log-probability that went through bfloat16 would be one of its few values.
     logps = torch.tensor([logp for row in rollout.sampling_per_token_logps for logp in row])
     assert (logps != logps.bfloat16().float()).float().mean() > 0.9
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_a_policy_in_float32_with_an_expert_in_bfloat16(kind):
+    """What concerns the policy alone loses no digit to the expert's precision."""
+    policy, expert = tiny_model(1), tiny_model(2).bfloat16()
+    rollout = RAMP.sample(kind, policy, expert, PROMPTS * 5, length=LENGTH, eos={1})
+    assert_recorded(rollout, policy, expert, PROMPTS * 5, RAMP, tolerance=0.15)
+    for row, (prompt, completion) in enumerate(zip(PROMPTS * 5, rollout.completion_ids, strict=True)):
+        expected = expected_record(policy, expert, prompt, completion, RAMP)
+        assert rollout.policy_per_token_logps[row] == pytest.approx(expected.policy_logps.tolist(), abs=2e-4)
+        assert rollout.guidance_weights[row] == pytest.approx(expected.weights.tolist(), abs=2e-4)
 
 
 @pytest.mark.parametrize("kind", KINDS)
