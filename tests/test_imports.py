@@ -20,8 +20,6 @@ PARTS = [
     "rollout",
     "sampling",
     "experts",
-    "selection",
-    "engines",
     "guided_batch",
     "threshold",
     "presets",
