@@ -146,6 +146,8 @@ def main(arguments: ScriptArguments, args: SelectiveGuidanceGRPOConfig, model: M
         "dtype": model.dtype,
         **(args.model_init_kwargs or {}),
     }
+    if model.model_name_or_path is None:
+        raise ValueError("model_name_or_path is not set: give the Hub id or the folder of the policy.")
     splits = load_splits(arguments)
     train_dataset = choose_split(splits, arguments.dataset_train_split, "dataset_train_split")
     eval_dataset = None

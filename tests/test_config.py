@@ -82,6 +82,10 @@ def test_the_papers_alpha_is_a_cosine_over_120_of_200_steps():
         ({"guidance_schedule": "constant", "guidance_steps": 10}, [2.0, 2.0, 0.0, 0.0]),
         ({"guidance_schedule": "constant", "guidance_steps": 0.5}, [2.0, 2.0, 0.0, 0.0]),
         ({"guidance_schedule": "cosine", "guidance_steps": 0}, [0.0, 0.0, 0.0, 0.0]),
+        *(
+            ({"guidance_schedule": name, "guidance_steps": float("inf")}, [2.0] * 4)
+            for name in ("cosine", "linear", "constant")
+        ),
     ],
 )
 def test_schedules_of_alpha(settings, expected):
@@ -115,6 +119,14 @@ def test_schedules_of_alpha(settings, expected):
         ({"importance_ratio_max": 0.0}, "importance_ratio_max must be positive, got 0"),
         ({"num_guided_generations": 7}, "leaves 1 on-policy .*at least 2 are needed. Guide fewer rollouts or raise num_generations"),
         ({"num_guided_generations": 8}, "leaves 0 on-policy"),
+        ({"num_guided_generations": 2.0}, "num_guided_generations must be a whole number, got 2.0"),
+        ({"num_guided_generations": True}, "num_guided_generations must be a whole number, got True"),
+        ({"draft_length": 2.5}, "draft_length must be a whole number, got 2.5"),
+        ({"entropy_quantile": "0.9"}, "entropy_quantile must be a number, got '0.9'"),
+        ({"guidance_coef": float("inf")}, "guidance_coef must be finite, got inf"),
+        ({"reward_range": float("inf")}, "reward_range must be finite, got inf"),
+        ({"entropy_threshold_init": float("inf")}, "entropy_threshold_init must be finite, got inf"),
+        ({"max_completion_length": None}, "Guided rollouts need a bound on their length, got max_completion_length=None"),
         ({"top_p": 0.9}, "drawn from the full distribution, got top_p=0.9"),
         ({"top_k": 50, "min_p": 0.1}, "drawn from the full distribution, got top_k=50, min_p=0.1"),
         ({"repetition_penalty": 1.1}, "drawn from the full distribution, got repetition_penalty=1.1"),
@@ -157,6 +169,9 @@ def test_without_guidance_nothing_of_it_is_refused(settings):
         ({"importance_ratio_max": 2.0}, "importance_ratio_max set, but .* guided_importance_correction='none'"),
         ({"guided_sampler": "stepwise", "draft_length": 4}, "draft_length set, but .* guided_sampler='stepwise'"),
         ({"draft_length": 4, "max_draft_length": 8}, "max_draft_length set, but .* draft_length=4"),
+        ({"guidance_coef": 0.0}, "num_guided_generations set, but without effect with guidance_coef=0 .* alpha is 0 at every step"),
+        ({"guidance_steps": 0}, "num_guided_generations set, but without effect with .* guidance_steps=0, where alpha is 0"),
+        ({"guidance_steps": 0.1, "max_steps": 3}, "num_guided_generations set, but .* guidance_steps=0.1, where alpha is 0"),
     ],
 )  # fmt: skip
 def test_a_setting_without_effect_warns_once(settings, message):

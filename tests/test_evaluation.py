@@ -7,6 +7,7 @@ import torch
 from datasets import Dataset
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
+from tests.models import tiny_adapter
 from tests.training import EXPERT, POLICY, path_dataset, path_reward
 from trl_selective.evaluation import evaluate
 from trl_selective.functional import pass_at_k
@@ -91,8 +92,29 @@ def test_the_models_own_penalties_do_not_count():
     """Many a model on the Hub ships with a repetition penalty, which training does not use."""
     model, tokenizer = AutoModelForCausalLM.from_pretrained(POLICY), AutoTokenizer.from_pretrained(POLICY)
     plain = run((model, tokenizer))
-    model.generation_config.update(repetition_penalty=1.8, min_p=0.3, typical_p=0.5, top_k=3, top_p=0.5)
+    own = {"repetition_penalty": 1.8, "min_p": 0.3, "typical_p": 0.5, "top_k": 3, "top_p": 0.5, "epsilon_cutoff": 0.3,
+           "no_repeat_ngram_size": 1, "suppress_tokens": [5], "min_new_tokens": 20, "return_dict_in_generate": True}  # fmt: skip
+    model.generation_config.update(**own)
     assert run((model, tokenizer)).completions == plain.completions
+    assert {name: getattr(model.generation_config, name) for name in own} == own
+
+
+def test_an_adapter_keeps_its_own_settings():
+    adapter, tokenizer = tiny_adapter(1, vocab_size=45), AutoTokenizer.from_pretrained(POLICY)
+    plain = run((adapter, tokenizer))
+    adapter.generation_config.suppress_tokens = [5]
+    assert run((adapter, tokenizer)).completions == plain.completions
+    assert adapter.generation_config.suppress_tokens == [5]
+    assert adapter.get_base_model().generation_config.suppress_tokens == [5]
+
+
+def test_each_part_of_the_model_keeps_its_mode(expert):
+    model, _ = expert
+    model.train()
+    model.model.norm.eval()
+    run(expert, dataset=path_dataset(1))
+    assert model.training
+    assert not model.model.norm.training
 
 
 def test_a_single_problem_has_no_standard_error(expert):
@@ -131,6 +153,7 @@ def test_conversations_go_through_the_chat_template():
             r"with a column 'prompt', got 1 rows with columns \['question'\]",
         ),
         ({"dataset": Dataset.from_dict({"prompt": []})}, "got 0 rows"),
+        ({"batch_size": 0}, "at least one row, got .* batch_size=0"),
     ],
 )
 def test_what_cannot_be_evaluated_is_refused(expert, changes, message):

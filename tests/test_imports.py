@@ -24,6 +24,7 @@ PARTS = [
     "threshold",
     "presets",
     "config",
+    "checks",
     "rewards",
     "evaluation",
     "reporting",

@@ -91,9 +91,29 @@ def test_a_guided_checkpoint_continues_without_guidance(tmp_path):
     assert trainer.state.global_step == 3
 
 
-@pytest.mark.parametrize("damage", ["", "{}", "[]"])
+@pytest.mark.parametrize(
+    "damage",
+    [
+        "",
+        "{}",
+        "[]",
+        '{"entropy_threshold": "x", "entropy_counts": {}}',
+        '{"entropy_threshold": 1.0, "entropy_counts": []}',
+        '{"entropy_threshold": 1.0, "entropy_counts": {"99999": 1}}',
+    ],
+)
 def test_a_damaged_state_is_named(tmp_path, damage):
     checkpoint = saved(tmp_path)
     (checkpoint / STATE_FILE).write_text(damage)
     with pytest.raises(ValueError, match=r"guidance_state.json is damaged .*Resume from an earlier checkpoint"):
         make_trainer(tmp_path, max_steps=3).train(resume_from_checkpoint=str(checkpoint))
+
+
+def test_what_is_pushed_with_a_checkpoint_holds_the_state(tmp_path, monkeypatch):
+    pushed = []
+    trainer = make_trainer(tmp_path, max_steps=1, save_strategy="steps", save_steps=1)
+    trainer.args.push_to_hub = True
+    monkeypatch.setattr(trainer, "_push_from_checkpoint", lambda folder: pushed.append(set(os.listdir(folder))))
+    monkeypatch.setattr(trainer, "push_to_hub", lambda *args, **kwargs: None)
+    trainer.train()
+    assert STATE_FILE in pushed[0]

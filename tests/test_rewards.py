@@ -21,6 +21,11 @@ from trl_selective.rewards import boxed_accuracy_reward, last_boxed, think_boxed
         ("", "4", 0.0),
         (r"\boxed{}", "4", 0.0),
         (r"\boxed{4}", "", None),  # nothing to compare with
+        (r"\boxed{4}", None, None),
+        (r"\boxed{4}", 4, 1.0),  # a column of numbers
+        (r"\boxed{4.5}", 4.5, 1.0),
+        (r"\boxed{4.}", "4", 1.0),  # a full stop inside the box
+        (r"\boxed{(1, 2),}", "(1, 2)", 1.0),
     ],
 )
 def test_accuracy(completion, solution, reward):
@@ -31,6 +36,9 @@ def test_conversations_are_graded_by_their_last_message():
     chat = [{"role": "assistant", "content": r"<think>2+2</think>\boxed{4}"}]
     assert boxed_accuracy_reward([chat], solution=["4"], prompts=["2+2?"]) == [1.0]
     assert think_boxed_format_reward([chat]) == [1.0]
+    for silent in ([], [{"role": "assistant", "content": None}]):
+        assert boxed_accuracy_reward([silent], solution=["4"]) == [0.0]
+        assert think_boxed_format_reward([silent]) == [0.0]
 
 
 def test_accuracy_outside_the_main_thread():

@@ -10,8 +10,8 @@ from functools import partial
 
 import pytest
 import torch
-from peft import LoraConfig
-from transformers import AutoModelForCausalLM, AutoTokenizer, Qwen2Config
+from peft import LoraConfig, get_peft_model
+from transformers import AutoModelForCausalLM, AutoTokenizer, GPT2Config, Qwen2Config
 
 from tests.training import EXPERT, POLICY, QUICKSTART, filler_reward, length_reward, make_trainer, path_dataset
 from trl_selective import SelectiveGuidanceGRPOConfig, SelectiveGuidanceGRPOTrainer
@@ -291,6 +291,42 @@ def test_trls_metrics_mean_the_policy(tmp_path):
     assert entry["guidance/importance_ratio/p99"] > 1
 
 
+def by_task(share):
+    """The filler reward for the problems whose start has this remainder; no opinion about the others."""
+
+    def reward(completions, start, **kwargs):
+        return [float("~" in text) if s % 2 == share else None for text, s in zip(completions, start, strict=True)]
+
+    reward.__name__ = f"filler_{share}"
+    return reward
+
+
+def test_a_reward_function_per_task_counts_as_one_for_all(tmp_path):
+    """TRL's way with several tasks: a function returns None for rows that are not its own."""
+    single = trained(tmp_path / "one", reward_funcs=filler_reward)
+    several = trained(tmp_path / "two", reward_funcs=[by_task(0), by_task(1)])
+    for ours, theirs in zip(several.outputs, single.outputs, strict=True):
+        assert torch.equal(ours["advantages"], theirs["advantages"])
+    assert sum(logged(single, "guidance/rescued_groups")) > 0
+    assert logged(several, "guidance/rescued_groups") == logged(single, "guidance/rescued_groups")
+
+
+def test_what_the_rollout_cannot_know_is_not_logged(tmp_path):
+    """With the initial policy in the mixture, nobody has the trained policy's probabilities."""
+    trainer = trained(tmp_path, mixture_policy="initial", max_steps=1)
+    assert logged(trainer, "guidance/weight")
+    assert not [name for entry in trainer.state.log_history for name in entry if "importance_ratio" in name]
+
+
+def test_guidance_that_cannot_start_is_named(tmp_path):
+    """Three tokens are not enough for an answer to end, and what does not end is masked."""
+    changes = {"mask_truncated_completions": True, "max_completion_length": 3, "entropy_threshold_init": None}
+    with pytest.warns(
+        UserWarning, match="Guidance cannot start: no on-policy token was left .*Set entropy_threshold_init"
+    ):
+        trained(tmp_path, **changes, max_steps=2)
+
+
 def test_the_completions_table_says_who_was_guided(tmp_path):
     trainer = trained(tmp_path, max_steps=2, log_completions=True, guidance_steps=1)
     columns = trainer._logs["extra"]
@@ -336,6 +372,22 @@ def test_an_adapter_is_trained_and_its_base_is_not(tmp_path):
     assert changed
     assert all("lora" in name for name in changed)
     assert len(trainer.batches) == 3
+
+
+def test_conversations_with_token_type_ids(tmp_path):
+    """Some tokenizers give every prompt a second row, which must follow the prompts that stay on-policy."""
+    tokenizer = AutoTokenizer.from_pretrained(POLICY)
+    tokenizer.chat_template = "{% for message in messages %}{{ message['content'] }}{% endfor %}"
+    tokenizer.model_input_names = ["input_ids", "token_type_ids", "attention_mask"]
+    rows = path_dataset(16).map(lambda row: {"prompt": [{"role": "user", "content": row["prompt"]}]})
+    config = GPT2Config(
+        vocab_size=45, n_positions=64, n_embd=16, n_layer=1, n_head=2, bos_token_id=1, eos_token_id=1, pad_token_id=0
+    )
+    trainer = trained(
+        tmp_path, model=AutoModelForCausalLM.from_config(config), train_dataset=rows, max_steps=1,
+        reward_funcs=lambda completions, **kwargs: [1.0] * len(completions), init={"processing_class": tokenizer},
+    )  # fmt: skip
+    assert len(trainer.batches[0].rollout.completion_ids) == 8
 
 
 def test_the_initial_policy_stays_in_the_mixture(tmp_path):
@@ -411,14 +463,32 @@ def other_tokenizer(folder):
 
 
 def test_guidance_needs_an_expert(tmp_path):
-    with pytest.raises(ValueError, match="num_guided_generations > 0 needs an expert, got none"):
-        make_trainer(tmp_path, expert_model=None)
+    for missing in (None, ""):
+        with pytest.raises(ValueError, match="num_guided_generations > 0 needs an expert, got none"):
+            make_trainer(tmp_path, expert_model=missing)
+    with pytest.raises(ValueError, match="expert_model must be a Hub id, a folder or a model, got 3 of type int"):
+        make_trainer(tmp_path, expert_model=3)
 
 
 def test_the_policy_cannot_guide_itself(tmp_path):
     model = AutoModelForCausalLM.from_pretrained(POLICY)
-    with pytest.raises(ValueError, match="expert_model is the very object that is trained"):
+    with pytest.raises(ValueError, match="expert_model shares parameters with the model that is trained"):
         make_trainer(tmp_path, model=model, expert_model=model)
+    adapted = get_peft_model(model, LoraConfig(r=2, target_modules=["q_proj"], task_type="CAUSAL_LM"))
+    with pytest.raises(ValueError, match="expert_model shares parameters with the model that is trained"):
+        make_trainer(tmp_path, model=adapted, expert_model=model)
+
+
+@pytest.mark.parametrize("setting", [{"suppress_tokens": [3]}, {"min_p": 0.1}, {"typical_p": 0.5}])
+def test_a_generation_config_that_bends_the_policy_is_refused(tmp_path, setting):
+    """On-policy rollouts would follow it, guided ones would not."""
+    model = AutoModelForCausalLM.from_pretrained(POLICY)
+    for name, value in setting.items():
+        setattr(model.generation_config, name, value)
+    with pytest.raises(
+        ValueError, match=f"The model's generation_config sets {next(iter(setting))}=.*Set each to None"
+    ):
+        make_trainer(tmp_path, model=model)
 
 
 def test_another_vocabulary_is_refused(tmp_path):

@@ -1,7 +1,10 @@
 """The settings of guidance, beside all of GRPOConfig's. Values and combinations that cannot work fail here, before any model is loaded."""
 
+import math
+import sys
 import warnings
 from dataclasses import dataclass, field
+from numbers import Integral, Real
 from typing import Any
 
 from trl import GRPOConfig
@@ -32,6 +35,21 @@ DEFAULTS: dict[str, Any] = {
     "guided_sampler": "auto",
     "max_draft_length": 16,
 }
+
+
+# The numbers among them, by their bounds.
+AT_LEAST = {
+    "num_guided_generations": 0,
+    "guidance_coef": 0,
+    "guidance_steps": 0,
+    "entropy_threshold_floor": 0,
+    "entropy_threshold_init": 0,
+    "draft_length": 1,
+    "max_draft_length": 1,
+}
+POSITIVE = ("reward_range", "importance_ratio_max")
+WHOLE = ("num_guided_generations", "draft_length", "max_draft_length")
+MAY_BE_INFINITE = ("guidance_steps", "importance_ratio_max")
 
 
 def _option(help: str, **kwargs) -> Any:
@@ -89,10 +107,11 @@ class SelectiveGuidanceGRPOConfig(GRPOConfig):
             How alpha falls to 0: `"cosine"`, `"linear"`, or `"constant"` (at once, after `guidance_steps`). At 0 nothing guided is
             generated any more: all rollouts are on-policy, and the expert is not called.
         guidance_steps (`float`, *optional*, defaults to `0.6`):
-            Optimizer steps until alpha is 0. If smaller than 1, a share of all training steps.
+            Optimizer steps until alpha is 0. If smaller than 1, a share of all training steps; `inf` keeps alpha where it starts.
         reward_range (`float`, *optional*):
-            Span of the total reward, which divides guided advantages. When unset, the sum of the absolute reward weights: each reward
-            function is taken to span [0, 1]. A rollout counts as correct in the logs when its total reward exceeds half of it.
+            Span of the total reward, which divides guided advantages. When unset, the sum of the absolute weights of the reward functions
+            that scored the rollout: each is taken to span [0, 1]. A rollout counts as correct in the logs when its total reward exceeds
+            half of it.
         guided_importance_correction (`str`, *optional*, defaults to `"none"`):
             Weight of guided tokens for having been drawn from the mixture: `"none"` (the paper), pi_theta_old / pi_mix of each token
             (`"token_truncate"`, `"token_mask"`), or their product over the completion (`"sequence_truncate"`, `"sequence_mask"`).
@@ -139,15 +158,17 @@ class SelectiveGuidanceGRPOConfig(GRPOConfig):
     entropy_threshold_floor: float | None = _option("Lower bound of the threshold in nats (default 0.0).")
     mixture_policy: str | None = _option("The policy half of the mixture (default current).", choices=MIXTURE_POLICIES)
     first_token_from_expert: bool | None = _option(
-        "Draw the first token of guided rollouts from the expert alone (default False)."
+        "Draw the first token of guided rollouts from the expert alone (default False).", nargs="?", const=True
     )
 
     guidance_coef: float | None = _option("Factor on the advantages of guided rollouts at step 0 (default 1.0).")
     guidance_schedule: str | None = _option("How that factor falls to 0 (default cosine).", choices=SCHEDULES)
     guidance_steps: float | None = _option(
-        "Optimizer steps until the factor is 0; below 1, a share of all steps (default 0.6)."
+        "Optimizer steps until the factor is 0; below 1, a share of all steps; inf, never (default 0.6)."
     )
-    reward_range: float | None = _option("Span of the total reward; unset: the sum of the absolute reward weights.")
+    reward_range: float | None = _option(
+        "Span of the total reward; unset: the sum of the absolute weights of the reward functions that apply."
+    )
     guided_importance_correction: str | None = _option(
         "Importance weight of guided tokens (default none).", choices=CORRECTIONS
     )
@@ -179,6 +200,7 @@ class SelectiveGuidanceGRPOConfig(GRPOConfig):
         return explicit
 
     def _check_values(self) -> None:
+        self._check_numbers()
         choices = {
             "guidance_weighting": WEIGHTINGS,
             "guidance_schedule": SCHEDULES,
@@ -199,23 +221,25 @@ class SelectiveGuidanceGRPOConfig(GRPOConfig):
             raise ValueError(
                 f"guidance_weight_max must lie in [0, 1], got {self.guidance_weight_max:g}: it bounds the expert's share."
             )
-        at_least = {
-            "num_guided_generations": 0,
-            "guidance_coef": 0,
-            "guidance_steps": 0,
-            "entropy_threshold_floor": 0,
-            "entropy_threshold_init": 0,
-            "draft_length": 1,
-            "max_draft_length": 1,
-        }
-        for name, bound in at_least.items():
+        for name, bound in AT_LEAST.items():
             value = getattr(self, name)
             if value is not None and not value >= bound:
                 raise ValueError(f"{name} must be at least {bound}, got {value:g}.")
-        for name in ("reward_range", "importance_ratio_max"):
+        for name in POSITIVE:
             value = getattr(self, name)
             if value is not None and not value > 0:
                 raise ValueError(f"{name} must be positive, got {value:g}.")
+
+    def _check_numbers(self) -> None:
+        for name in ("entropy_quantile", "guidance_weight_max", *AT_LEAST, *POSITIVE):
+            value = getattr(self, name)
+            if value is None:
+                continue
+            kind, expected = (Integral, "a whole number") if name in WHOLE else (Real, "a number")
+            if isinstance(value, bool) or not isinstance(value, kind):
+                raise ValueError(f"{name} must be {expected}, got {value!r}.")
+            if math.isinf(value) and name not in MAY_BE_INFINITE:
+                raise ValueError(f"{name} must be finite, got {value}.")
 
     def _check_groups(self) -> None:
         on_policy = self.num_generations - self.num_guided_generations
@@ -255,6 +279,8 @@ class SelectiveGuidanceGRPOConfig(GRPOConfig):
                 "use_vllm=True cannot be combined with num_guided_generations > 0 yet. Set use_vllm=False: rollouts are then generated with "
                 "transformers."
             )
+        if self.max_completion_length is None:
+            raise ValueError("Guided rollouts need a bound on their length, got max_completion_length=None. Set it.")
         if self.multi_objective_aggregation != "sum_then_normalize":
             raise ValueError(
                 f"multi_objective_aggregation={self.multi_objective_aggregation!r} normalises each reward over all rollouts, which has no "
@@ -278,6 +304,10 @@ class SelectiveGuidanceGRPOConfig(GRPOConfig):
         idle = {
             "num_guided_generations=0": self.num_guided_generations == 0
             and GUIDANCE_FIELDS - {"num_guided_generations"},
+            f"guidance_coef={self.guidance_coef:g} and guidance_steps={self.guidance_steps:g}, where alpha is 0 at every step": not (
+                self.guidance_coef_schedule(self.max_steps if self.max_steps > 0 else sys.maxsize)(0)
+            )
+            and GUIDANCE_FIELDS - {"guidance_coef", "guidance_steps"},
             "guidance_weighting='constant'": self.guidance_weighting == "constant"
             and {"entropy_quantile", "entropy_threshold_init", "entropy_threshold_floor"},
             "guided_importance_correction='none'": self.guided_importance_correction == "none"
@@ -292,7 +322,8 @@ class SelectiveGuidanceGRPOConfig(GRPOConfig):
 
     def guidance_coef_schedule(self, max_steps: int) -> Schedule:
         """alpha as a function of the optimizer step, for a run of `max_steps` steps."""
-        steps = round(self.guidance_steps * max_steps if self.guidance_steps < 1 else self.guidance_steps)
+        steps = self.guidance_steps * max_steps if self.guidance_steps < 1 else self.guidance_steps
+        steps = round(steps) if math.isfinite(steps) else steps
         if self.guidance_schedule == "constant":
             return join([constant(self.guidance_coef), constant(0.0)], boundaries=[steps])
         anneal = {"cosine": cosine, "linear": linear}[self.guidance_schedule]

@@ -1,14 +1,16 @@
 """What can a model do on problems it was not trained on? Unbiased pass@k, and how many different right answers it finds."""
 
 from collections.abc import Callable, Hashable, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 
 import torch
 from datasets import Dataset
 from jaxtyping import Float
+from peft import PeftModel
 from torch import Tensor
 from tqdm.auto import tqdm
-from transformers import PreTrainedModel, PreTrainedTokenizerBase
+from transformers import GenerationConfig, PreTrainedModel, PreTrainedTokenizerBase
 
 from trl_selective.functional.diversity import pass_at_k
 
@@ -39,7 +41,7 @@ class Evaluation:
 
 
 def evaluate(
-    model: PreTrainedModel,
+    model: PreTrainedModel | PeftModel,
     processing_class: PreTrainedTokenizerBase,
     dataset: Dataset,
     reward_func: Callable,
@@ -73,7 +75,7 @@ def evaluate(
         description: of the progress bar.
 
     Raises:
-        ValueError: if there are no problems, no column `prompt`, or a k beyond `num_samples`.
+        ValueError: if there are no problems, no column `prompt`, no token to pad with, or a k beyond `num_samples`.
     """
     if not len(dataset) or "prompt" not in dataset.column_names:
         raise ValueError(
@@ -81,10 +83,15 @@ def evaluate(
         )
     if not ks or min(ks) < 1 or max(ks) > num_samples:
         raise ValueError(f"pass@k needs 1 <= k <= num_samples = {num_samples}, got {list(ks)}. Draw more samples.")
+    if processing_class.pad_token_id is None or batch_size < 1:
+        raise ValueError(
+            f"Batches need a padding token and at least one row, got {processing_class.pad_token_id} and batch_size={batch_size}. Set "
+            "`processing_class.pad_token`, for instance to its `eos_token`."
+        )
     rows = dataset.select([problem for problem in range(len(dataset)) for _ in range(num_samples)])
     completions: list[str] = []
     rewards: list[float | None] = []
-    was_training = model.training
+    was_training = {module: module.training for module in model.modules()}
     model.eval()
     try:
         devices = [] if model.device.type == "cpu" else [model.device]
@@ -96,7 +103,8 @@ def evaluate(
                 completions += texts
                 rewards += _grade(reward_func, batch, texts)
     finally:
-        model.train(was_training)
+        for module, mode in was_training.items():
+            module.training = mode
 
     per_problem = [slice(start, start + num_samples) for start in range(0, len(rows), num_samples)]
     correct = [reward is not None and reward > correct_above for reward in rewards]
@@ -125,7 +133,7 @@ def _standard_error(values: Float[Tensor, "problems"]) -> float:
 
 @torch.no_grad()
 def _sample(model, processing_class, prompts: list, max_completion_length: int, temperature: float) -> list[str]:
-    """One completion for each prompt, from the model's full distribution at `temperature`, whatever penalties its generation config sets."""
+    """One completion for each prompt, from the model's full distribution at `temperature`, whatever its generation config says."""
     is_chat = not isinstance(prompts[0], str)
     if is_chat:
         prompts = [
@@ -140,20 +148,31 @@ def _sample(model, processing_class, prompts: list, max_completion_length: int, 
         return_tensors="pt",
     ).to(model.device)
     ends = model.generation_config.eos_token_id
-    output = model.generate(
-        **inputs,
+    settings = GenerationConfig(
         do_sample=True,
         temperature=temperature,
         top_k=0,
         top_p=1.0,
-        min_p=0.0,
-        typical_p=1.0,
-        repetition_penalty=1.0,
         max_new_tokens=max_completion_length,
         eos_token_id=sorted({*(ends if isinstance(ends, list) else [ends]), processing_class.eos_token_id} - {None}),
         pad_token_id=processing_class.pad_token_id,
     )
+    with _replaced_generation_config(model, settings):
+        output = model.generate(**inputs)
     return processing_class.batch_decode(output[:, inputs.input_ids.shape[1] :], skip_special_tokens=True)
+
+
+@contextmanager
+def _replaced_generation_config(model, settings: GenerationConfig):
+    """`generate` fills what it is not told from the model's own config: hand it one with nothing else in it."""
+    own = [(each, each.generation_config) for each in {model, getattr(model, "get_base_model", lambda: model)()}]
+    try:
+        for each, _ in own:
+            each.generation_config = settings
+        yield
+    finally:
+        for each, generation_config in own:
+            each.generation_config = generation_config
 
 
 def _grade(reward_func: Callable, batch: dict, texts: list[str]) -> list[float | None]:

@@ -12,18 +12,21 @@ Completion = str | Sequence[dict]
 
 BOXED = "\\boxed{"
 BRACE = re.compile(r"\\.|[{}]", re.DOTALL)  # an escaped one, as in `\{1, 2\}`, opens and closes nothing
+FULL_STOP = re.compile(r"\s*[.,]\s*}$")  # `\boxed{5.}`
 ONE_THOUGHT = re.compile(r"\s*<think>(?:(?!</?think>).)*</think>(?P<answer>(?:(?!</?think>).)*)", re.DOTALL)
 
 
-def boxed_accuracy_reward(completions: list[Completion], solution: list[str], **kwargs) -> list[float | None]:
+def boxed_accuracy_reward(
+    completions: list[Completion], solution: list[str | float | None], **kwargs
+) -> list[float | None]:
     r"""1 if the last `\boxed{}` of a completion equals the solution as a mathematical expression (Math-Verify), else 0.
 
     Args:
         completions: texts, or conversations whose last message is the answer.
-        solution: the reference of each, as LaTeX or plain expression, with or without `\boxed{}` around it.
+        solution: the reference of each, as LaTeX, plain expression or number, with or without `\boxed{}` around it.
 
     Returns:
-        One reward per completion; None where the solution itself cannot be parsed, so that TRL leaves the row out.
+        One reward per completion; None where the solution is missing or cannot be parsed, so that TRL leaves the row out.
 
     Example:
         >>> boxed_accuracy_reward([r"So it is \boxed{0.5}.", "It is 0.5."], solution=[r"\frac{1}{2}", r"\frac{1}{2}"])
@@ -40,13 +43,14 @@ def boxed_accuracy_reward(completions: list[Completion], solution: list[str], **
     )
     rewards: list[float | None] = []
     for completion, reference in zip(completions, solution, strict=True):
-        gold = read(last_boxed(reference) or f"{BOXED}{reference}}}")
+        gold = [] if reference is None else read(last_boxed(str(reference)) or f"{BOXED}{reference}}}")
         answer = last_boxed(answer_text(completion))
         if not gold:
             rewards.append(None)
         elif answer is None:
             rewards.append(0.0)
         else:
+            answer = FULL_STOP.sub("}", answer)
             rewards.append(float(verify(gold, read(answer), timeout_seconds=5 if in_main_thread else None)))
     return rewards
 
@@ -63,8 +67,10 @@ def think_boxed_format_reward(completions: list[Completion], **kwargs) -> list[f
 
 
 def answer_text(completion: Completion) -> str:
-    """The text of a completion: itself, or the content of its last message."""
-    return completion if isinstance(completion, str) else completion[-1]["content"]
+    """The text of a completion: itself, or the content of its last message (empty if there is none)."""
+    if isinstance(completion, str):
+        return completion
+    return (completion[-1]["content"] if completion else None) or ""
 
 
 def last_boxed(text: str) -> str | None:

@@ -7,7 +7,7 @@ from pathlib import Path
 
 from torch import Tensor
 
-from trl_selective.functional.thresholds import EntropyHistogram
+from trl_selective.functional.thresholds import NUM_BINS, EntropyHistogram
 
 STATE_FILE = "guidance_state.json"
 
@@ -88,8 +88,15 @@ def read_state(folder: Path) -> dict | None:
         return None
     try:
         state = json.loads(path.read_text())
-        return {name: state[name] for name in ("entropy_threshold", "entropy_counts")}
-    except (KeyError, TypeError, ValueError) as error:
+        threshold = state["entropy_threshold"]
+        counts = {int(index): int(count) for index, count in state["entropy_counts"].items()}
+        if not all(0 <= index < NUM_BINS and count >= 0 for index, count in counts.items()):
+            raise ValueError("counts out of range")
+        return {
+            "entropy_threshold": None if threshold is None else float(threshold),
+            "entropy_counts": counts,
+        }
+    except (AttributeError, KeyError, TypeError, ValueError) as error:
         raise ValueError(
             f"{path} is damaged ({error!r}). Resume from an earlier checkpoint, or delete this file to start with a fresh threshold."
         ) from error

@@ -12,15 +12,16 @@ from pathlib import Path
 
 import torch
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
-from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
 from trl import GRPOConfig, GRPOTrainer
 from trl.models.utils import unwrap_model_for_generation
 
+from trl_selective.checks import check_arguments, check_generation_config
 from trl_selective.config import GUIDANCE_FIELDS, SelectiveGuidanceGRPOConfig
 from trl_selective.experts import check_expert, load_expert, load_expert_tokenizer
-from trl_selective.functional.advantages import guided_advantages, on_policy_advantages, total_reward
+from trl_selective.functional.advantages import guided_advantages, on_policy_advantages, reward_span, total_reward
 from trl_selective.guided_batch import GuidedBatch
 from trl_selective.reporting.metrics import (
+    importance_metrics,
     importance_ratio_p99,
     policy_metrics,
     reward_metrics,
@@ -103,7 +104,7 @@ class SelectiveGuidanceGRPOTrainer(GRPOTrainer):
             bound = inspect.signature(GRPOTrainer.__init__).bind(
                 self, model, reward_funcs, args, *trl_args, **trl_kwargs
             )
-            self._check_supported(bound.arguments, expert_model)
+            check_arguments(bound.arguments, expert_model)
         elif expert_model is not None:
             warnings.warn(
                 "An expert is given, but without effect: num_guided_generations is 0. Set it in a SelectiveGuidanceGRPOConfig.",
@@ -120,24 +121,6 @@ class SelectiveGuidanceGRPOTrainer(GRPOTrainer):
 
     # ---- Set-up ------------------------------------------------------------------------------------------------------------------------
 
-    @staticmethod
-    def _check_supported(arguments: dict, expert_model) -> None:
-        if expert_model is None:
-            raise ValueError(
-                "num_guided_generations > 0 needs an expert, got none. Pass `expert_model` to the trainer or set `expert_model_name_or_path`, "
-                "or set num_guided_generations=0 for plain GRPO."
-            )
-        if expert_model is arguments["model"] and not isinstance(expert_model, str):
-            raise ValueError(
-                "expert_model is the very object that is trained, which freezing it would stop. Load it a second time, or pass its path."
-            )
-        for name in ("tools", "rollout_func", "environment_factory"):
-            if arguments.get(name):
-                raise ValueError(
-                    f"`{name}` cannot be combined with num_guided_generations > 0: guided rollouts are single completions drawn by the "
-                    f"trainer itself. Drop `{name}` or set num_guided_generations=0."
-                )
-
     def _set_up_guidance(self, expert_model, expert_processing_class) -> None:
         args = self.args
         if self._is_vlm:
@@ -151,15 +134,14 @@ class SelectiveGuidanceGRPOTrainer(GRPOTrainer):
                 "num_guided_generations > 0 needs the whole policy on each process, got FSDP or DeepSpeed ZeRO-3, which shard it. Use DDP or "
                 "ZeRO-2, or train an adapter (PEFT)."
             )
-        self.reward_range = args.reward_range or self.reward_weights.abs().sum().item()
-        self.expert_model = load_expert(
-            expert_model,
-            self.accelerator.device,
-            revision=args.expert_model_revision,
-            init_kwargs=args.expert_model_init_kwargs,
-            trust_remote_code=args.trust_remote_code,
-        )
-        tokenizer = expert_processing_class or load_expert_tokenizer(self.expert_model)
+        check_generation_config(self.model.generation_config)
+        source = {
+            "revision": args.expert_model_revision,
+            "init_kwargs": args.expert_model_init_kwargs,
+            "trust_remote_code": args.trust_remote_code,
+        }
+        self.expert_model = load_expert(expert_model, self.accelerator.device, **source)
+        tokenizer = expert_processing_class or load_expert_tokenizer(self.expert_model, **source)
         self._sampler = make_sampler(
             args.guided_sampler,
             self._initial_policy() if args.mixture_policy == "initial" else self.model,
@@ -188,7 +170,7 @@ class SelectiveGuidanceGRPOTrainer(GRPOTrainer):
         policy = copy.deepcopy(self.model)
         for module in policy.modules():
             module.__dict__.pop("forward", None)  # TRL's fused head, whose closure still refers to the trained model
-        return policy.requires_grad_(False).eval()
+        return policy.requires_grad_(False).eval().to(self.accelerator.device)
 
     def _sum_over_processes(self, tensor: torch.Tensor) -> torch.Tensor:
         return self.accelerator.reduce(tensor.to(self.accelerator.device), reduction="sum")
@@ -216,6 +198,13 @@ class SelectiveGuidanceGRPOTrainer(GRPOTrainer):
         # A constant weight has no threshold.
         threshold = 0.0 if self.args.guidance_weighting == "constant" else self._threshold.measure()
         if threshold is None:
+            if self.state.global_step > 0:
+                warnings.warn(
+                    "Guidance cannot start: no on-policy token was left to measure the entropy threshold on, since "
+                    "mask_truncated_completions masks completions that do not end. Set entropy_threshold_init, raise max_completion_length, "
+                    "or unset mask_truncated_completions.",
+                    stacklevel=2,
+                )
             return None
         self._metrics["train"]["guidance/entropy_threshold"].append(threshold)
         return GuidedBatch(coef, threshold, self.num_generations, self.num_guided_generations, num_rows)
@@ -229,6 +218,8 @@ class SelectiveGuidanceGRPOTrainer(GRPOTrainer):
             return super()._generate_single_turn(*args, **kwargs)
         call = inspect.signature(super()._generate_single_turn).bind(*args, **kwargs)
         call.arguments["prompt_ids"], guided_prompt_ids = self._batch.split(call.arguments["prompt_ids"])
+        fields = call.arguments["multimodal_fields"]  # of a text model, at most its token_type_ids
+        call.arguments["multimodal_fields"] = {name: self._batch.split(rows)[0] for name, rows in fields.items()}
         call.arguments["num_generations"] = self._batch.num_on_policy
         completion_ids, logprobs = super()._generate_single_turn(*call.args, **call.kwargs)
         self._batch.rollout = self._sample_guided(guided_prompt_ids)
@@ -272,14 +263,16 @@ class SelectiveGuidanceGRPOTrainer(GRPOTrainer):
 
     def _apply_guidance(self, output: dict, batch: GuidedBatch) -> dict:
         """Replace TRL's advantages, and what it logged of this batch, by those of mixed-policy GRPO (Eq. 10-11)."""
-        rewards = total_reward(batch.rewards_per_func, self.reward_weights.to(batch.rewards_per_func.device))
-        on_policy, guided = rewards.view(-1, batch.num_generations).split(
-            [batch.num_on_policy, batch.num_guided], dim=1
-        )
+        weights = self.reward_weights.to(batch.rewards_per_func.device)
+        rewards = total_reward(batch.rewards_per_func, weights).view(-1, batch.num_generations)
+        on_policy, guided = rewards.split([batch.num_on_policy, batch.num_guided], dim=1)
+        reward_range = reward_span(batch.rewards_per_func, weights).view_as(rewards)
+        if self.args.reward_range is not None:
+            reward_range = torch.full_like(rewards, self.args.reward_range)
         advantages = torch.cat(
             [
                 on_policy_advantages(on_policy, self.scale_rewards),
-                guided_advantages(guided, on_policy, batch.coef, self.reward_range),
+                guided_advantages(guided, on_policy, batch.coef, reward_range[:, batch.num_on_policy :]),
             ],
             dim=1,
         ).flatten()
@@ -294,7 +287,7 @@ class SelectiveGuidanceGRPOTrainer(GRPOTrainer):
             output["advantages"] = local.unsqueeze(1) * weights.to(local.device)
 
         self._logs["advantages"].extend(advantages.tolist())  # as many as the deque holds
-        self._log_batch(batch, on_policy, guided)
+        self._log_batch(batch, on_policy, guided, reward_range)
         return output
 
     # ---- Loss --------------------------------------------------------------------------------------------------------------------------
@@ -325,7 +318,7 @@ class SelectiveGuidanceGRPOTrainer(GRPOTrainer):
 
     # ---- Logs --------------------------------------------------------------------------------------------------------------------------
 
-    def _log_batch(self, batch: GuidedBatch, on_policy: torch.Tensor, guided: torch.Tensor) -> None:
+    def _log_batch(self, batch: GuidedBatch, on_policy, guided, reward_range) -> None:
         """TRL's reward and length metrics of this batch, restricted to the policy's rollouts, and the metrics of guidance."""
         device = on_policy.device
         ends = {*self.eos_token_ids, self._tokenizer.pad_token_id}
@@ -335,29 +328,30 @@ class SelectiveGuidanceGRPOTrainer(GRPOTrainer):
         rewards_per_func = batch.rewards_per_func[is_on_policy]
         metrics = self._metrics["train"]
         for name, value in policy_metrics(
-            rewards_per_func, on_policy, self.reward_func_names, lengths, is_truncated.bool()
+            rewards_per_func, on_policy, self.reward_func_names, lengths, is_truncated.bool(), self.scale_rewards
         ).items():
             metrics[name][-1] = value
 
         sums = rollout_sums(batch.rollout)
         totals = self._sum_over_processes(torch.tensor(list(sums.values()), dtype=torch.float64)).tolist()
-        p99 = torch.tensor(importance_ratio_p99(batch.rollout), device=device)
-        for name, value in {
-            **reward_metrics(on_policy, guided, correct_above=self.reward_range / 2),
-            **rollout_metrics(dict(zip(sums, totals, strict=True))),
-            "guidance/importance_ratio/p99": self.accelerator.gather(p99).max().item(),
-        }.items():
+        sums = dict(zip(sums, totals, strict=True))
+        news = reward_metrics(on_policy, guided, reward_range) | rollout_metrics(sums)
+        if (
+            self.args.mixture_policy == "current"
+        ):  # else the rollout knows the initial policy's probabilities, not those of the trained one
+            p99 = torch.tensor(importance_ratio_p99(batch.rollout), device=device)
+            news |= importance_metrics(sums, self.accelerator.gather(p99).max().item())
+        for name, value in news.items():
             metrics[name].append(value)
 
     # ---- Checkpoints -------------------------------------------------------------------------------------------------------------------
 
-    def _save_checkpoint(self, model, trial):
-        super()._save_checkpoint(model, trial)
+    def _save_optimizer_and_scheduler(self, output_dir):
+        super()._save_optimizer_and_scheduler(output_dir)
         if self.num_guided_generations:
             state = self._threshold.state_dict()
             if self.args.should_save:
-                folder = Path(self._get_output_dir(trial=trial), f"{PREFIX_CHECKPOINT_DIR}-{self.state.global_step}")
-                write_state(folder, state)
+                write_state(Path(output_dir), state)
 
     def _load_optimizer_and_scheduler(self, checkpoint):
         super()._load_optimizer_and_scheduler(checkpoint)

@@ -34,7 +34,12 @@ def assert_frozen(expert):
 
 @pytest.mark.parametrize(
     ("init_kwargs", "dtype"),
-    [(None, torch.float32), ({}, torch.float32), ({"dtype": torch.bfloat16}, torch.bfloat16)],
+    [
+        (None, torch.float32),
+        ({}, torch.float32),
+        ({"dtype": torch.bfloat16}, torch.bfloat16),
+        ({"torch_dtype": torch.bfloat16}, torch.bfloat16),  # the older name
+    ],
 )
 def test_from_a_folder(tmp_path, init_kwargs, dtype):
     saved = tiny_model(1).bfloat16()
@@ -191,3 +196,29 @@ def test_an_expert_without_generation_config():
     expert = tiny_model(1)
     expert.generation_config = None
     assert check_expert(expert, tokenizer_of(WORDS), tokenizer_of(WORDS), {1}) == 5
+
+
+def test_the_tokenizer_comes_from_where_the_weights_come_from(monkeypatch):
+    calls = []
+    monkeypatch.setattr(local.AutoTokenizer, "from_pretrained", lambda name, **kwargs: calls.append((name, kwargs)))
+    expert = tiny_model(1)
+    expert.config.name_or_path = "some/expert"
+    init_kwargs = {"subfolder": "best", "dtype": "float32"}
+    load_expert_tokenizer(expert, revision="v2", init_kwargs=init_kwargs, trust_remote_code=True)
+    assert calls == [("some/expert", {"revision": "v2", "trust_remote_code": True, "subfolder": "best"})]
+
+
+def test_a_missing_tokenizer_is_named(tmp_path):
+    tiny_model(1).save_pretrained(tmp_path)
+    expert = load_expert(tmp_path, CPU)  # a path as good as its text
+    with pytest.raises(
+        ValueError, match=r"No tokenizer could be loaded beside the expert .* pass `expert_processing_class`"
+    ):
+        load_expert_tokenizer(expert)
+
+
+def test_a_missing_expert_is_named(tmp_path):
+    with pytest.raises(
+        ValueError, match=r"The expert 'some/expert' could not be loaded. Expected a Hub id, a folder with a model"
+    ):
+        load_expert("some/expert", CPU)

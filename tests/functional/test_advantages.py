@@ -4,7 +4,7 @@ import pytest
 import torch
 from trl.trainer import utils as trl_utils
 
-from trl_selective.functional import guided_advantages, on_policy_advantages, total_reward
+from trl_selective.functional import guided_advantages, on_policy_advantages, reward_span, total_reward
 from trl_selective.functional.advantages import nanstd
 
 NAN = float("nan")
@@ -110,3 +110,17 @@ def test_total_reward_sums_what_was_scored():
     # 2 * 1 + 0.5 * 3; 2 * 1; none; 0.5 * 3; 0
     total = total_reward(rewards, torch.tensor([2.0, 0.5]))
     torch.testing.assert_close(total, torch.tensor([3.5, 2.0, NAN, 1.5, 0.0]), equal_nan=True)
+
+
+def test_the_span_counts_the_functions_that_scored_a_row():
+    scored_by_first, by_both, by_none = [0.0, NAN], [1.0, 1.0], [NAN, NAN]
+    span = reward_span(torch.tensor([scored_by_first, by_both, by_none]), torch.tensor([1.0, -0.5]))
+    assert span.tolist() == [1.0, 1.5, 0.0]
+
+
+def test_each_row_may_have_its_own_range():
+    rewards, on_policy = torch.ones(1, 3), torch.zeros(1, 2)
+    spans = torch.tensor([[1.0, 2.0, 0.0]])  # the last one was scored by no function: nothing to gain
+    assert guided_advantages(rewards * torch.tensor([1.0, 1.0, NAN]), on_policy, 1.0, spans).tolist() == [
+        [1.0, 0.5, 0.0]
+    ]

@@ -21,7 +21,7 @@ from trl_selective import SelectiveGuidanceGRPOConfig
 RECIPES = QUICKSTART.parent
 SCRIPT = RECIPES / "selective_grpo.py"
 sys.path.insert(0, str(RECIPES))
-from selective_grpo import ScriptArguments, load_splits, resume_point  # noqa: E402
+from selective_grpo import ScriptArguments, load_splits, main, resume_point  # noqa: E402
 
 SETTINGS = """
 model_name_or_path: {policy}
@@ -163,6 +163,12 @@ def test_without_a_dataset():
         load_splits(ScriptArguments())
 
 
+def test_without_a_model():
+    _, args, model = parse("--output_dir", "out", "--bf16", "false")
+    with pytest.raises(ValueError, match="model_name_or_path is not set: give the Hub id or the folder of the policy"):
+        main(ScriptArguments(dataset_name="absent"), args, model)
+
+
 def test_a_run_resumes_and_needs_no_logs(tmp_path):
     """From step 2 of 3, found by the word `true`, to the parameters of the unbroken run."""
     steps = ("--max_steps", "3", "--logging_strategy", "no")
@@ -213,3 +219,13 @@ def test_json_settings_on_the_command_line():
         "--output_dir", "out", "--bf16", "false", "--num_guided_generations", "4", "--expert_model_init_kwargs", '{"dtype": "float16"}'
     )  # fmt: skip
     assert args.expert_model_init_kwargs == {"dtype": "float16"}
+
+
+def test_a_switch_needs_no_value():
+    for arguments, expected in [
+        ((), False),
+        (("--first_token_from_expert",), True),
+        (("--first_token_from_expert", "no"), False),
+    ]:
+        _, args, _ = parse("--output_dir", "out", "--bf16", "false", *arguments)
+        assert args.first_token_from_expert is expected

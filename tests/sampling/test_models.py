@@ -1,7 +1,10 @@
 """The samplers on models of many kinds: heads, precisions, adapters, positions and caches."""
 
+from functools import partial
+
 import pytest
 import torch
+from peft import PrefixTuningConfig, get_peft_model
 from torch import nn
 
 from tests.models import FORGETFUL, MINDFUL, tiny_adapter, tiny_model
@@ -35,13 +38,13 @@ def test_drafts_never_leave_the_table_of_positions():
 @pytest.mark.parametrize("architecture", MINDFUL)
 @pytest.mark.parametrize("role", ["policy", "expert"])
 def test_caches_that_cannot_forget(architecture, role):
-    """Windows shorter than the prompt, and convolutions: exact step by step, and refused for drafting."""
+    """Windows shorter than the prompt, convolutions, distances in columns: exact step by step, and refused for drafting."""
     names = {"policy": "llama", "expert": "llama"} | {role: architecture}
     models = [tiny_model(seed, name) for seed, name in enumerate(names.values())]
     assert not can_forget_tokens(models[role == "expert"].config)
     rollout = RAMP.sample("stepwise", *models, PROMPTS * 3, length=LENGTH, eos={1})
     assert_recorded(rollout, *models, PROMPTS * 3, RAMP)
-    message = rf"The {role} \(\w+ForCausalLM\) has sliding-window or recurrent layers.*Use guided_sampler='stepwise'"
+    message = rf"The {role} \(\w+For\w+\) has sliding-window or recurrent layers.*Use guided_sampler='stepwise'"
     with pytest.raises(ValueError, match=message):
         SpeculativeSampler(*models)
 
@@ -72,6 +75,53 @@ def test_padded_heads(kind, policy_head, expert_head):
     rollout = RAMP.sample(kind, policy, expert, PROMPTS * 20, length=LENGTH, eos={1}, vocab_size=vocab_size)
     assert max(map(max, rollout.completion_ids)) == 6
     assert_recorded(rollout, policy, expert, PROMPTS * 20, RAMP)
+
+
+class Opaque(nn.Module):
+    """Hides what its model's forward takes."""
+
+    def __init__(self, model):
+        super().__init__()
+        self.model, self.config = model, model.config
+
+    def forward(self, *args, **kwargs):
+        return self.model(*args, **kwargs)
+
+
+@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("wrap", [Opaque, partial(torch.compile, backend="eager")], ids=["opaque", "compiled"])
+def test_wrappers_that_hide_the_signature(kind, wrap):
+    """Positions must arrive all the same: GPT-2 would count padding."""
+    models = tiny_model(1, "gpt2"), tiny_model(2, "gpt2")
+    rollout = RAMP.sample(kind, *map(wrap, models), PROMPTS * 3, length=LENGTH, eos={1})
+    assert_recorded(rollout, *models, PROMPTS * 3, RAMP)
+
+
+@pytest.mark.parametrize("role", ["policy", "expert"])
+def test_virtual_tokens_are_refused(role):
+    config = PrefixTuningConfig(task_type="CAUSAL_LM", num_virtual_tokens=3)
+    models = [get_peft_model(tiny_model(1), config), tiny_model(2)]
+    with pytest.raises(ValueError, match=f"The {role} has a PrefixTuningConfig adapter.*such as LoRA"):
+        RAMP.sampler("stepwise", *(models if role == "policy" else models[::-1]))
+
+
+def test_the_padding_of_a_long_prompt_leaves_with_it():
+    """One prompt of 30 tokens that ends early: the others are then read in caches of their own length."""
+    policy, expert = tiny_model(1), tiny_model(2)
+    widths = []
+
+    def note_width(_, args, kwargs):
+        widths.append(kwargs["attention_mask"].shape[1])
+
+    hook = policy.register_forward_pre_hook(note_width, with_kwargs=True)
+    prompts = [[2] * 30, [3], [4, 5]]
+    rollout = RAMP.sample("stepwise", policy, expert, prompts, length=20, eos={3})
+    hook.remove()
+    long, *others = map(len, rollout.completion_ids)
+    assert long < min(others)
+    assert max(widths[:long]) >= 30
+    assert max(widths[long:]) <= 1 + 2 + max(others)
+    assert_recorded(rollout, policy, expert, prompts, RAMP)
 
 
 class AllLogits(nn.Module):

@@ -4,6 +4,7 @@ Policy and expert must share one vocabulary, id by id: the expert reads the poli
 padded to different sizes (Qwen2.5-3B and 7B are), and one tokenizer may have more tokens than the other behind the last shared id.
 """
 
+import os
 import warnings
 from collections.abc import Collection
 from typing import Any, TypeAlias
@@ -13,10 +14,11 @@ from peft import PeftModel
 from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
 
 Expert: TypeAlias = PreTrainedModel | PeftModel
+LOCATION_KWARGS = ("subfolder", "cache_dir", "token", "local_files_only", "trust_remote_code")
 
 
 def load_expert(
-    expert: str | Expert,
+    expert: str | os.PathLike | Expert,
     device: torch.device,
     *,
     revision: str | None = None,
@@ -33,12 +35,18 @@ def load_expert(
         trust_remote_code: the default of the argument of that name.
 
     Raises:
-        ValueError: if `revision` or `init_kwargs` is given beside a model.
+        ValueError: if there is no such model, or if `revision` or `init_kwargs` is given beside a model.
     """
-    if isinstance(expert, str):
-        kwargs = {"dtype": torch.float32 if device.type == "cpu" else torch.bfloat16, **(init_kwargs or {})}
-        kwargs.setdefault("trust_remote_code", trust_remote_code)
-        expert = AutoModelForCausalLM.from_pretrained(expert, revision=revision, **kwargs)
+    if isinstance(expert, (str, os.PathLike)):
+        kwargs = {"trust_remote_code": trust_remote_code, **(init_kwargs or {})}
+        if "torch_dtype" not in kwargs:  # the older name
+            kwargs.setdefault("dtype", torch.float32 if device.type == "cpu" else torch.bfloat16)
+        try:
+            expert = AutoModelForCausalLM.from_pretrained(expert, revision=revision, **kwargs)
+        except OSError as error:
+            raise ValueError(
+                f"The expert {str(expert)!r} could not be loaded. Expected a Hub id, a folder with a model, or a model. {error}"
+            ) from error
     elif revision or init_kwargs:
         raise ValueError(
             f"expert_model is a {type(expert).__name__}, but expert_model_revision={revision!r} and expert_model_init_kwargs={init_kwargs!r} "
@@ -49,8 +57,21 @@ def load_expert(
     return expert if is_placed else expert.to(device)
 
 
-def load_expert_tokenizer(expert: Expert) -> PreTrainedTokenizerBase | None:
-    """The tokenizer beside the expert's weights, or None (with a warning) if the model does not say where it came from."""
+def load_expert_tokenizer(
+    expert: Expert,
+    *,
+    revision: str | None = None,
+    init_kwargs: dict[str, Any] | None = None,
+    trust_remote_code: bool = False,
+) -> PreTrainedTokenizerBase | None:
+    """The tokenizer beside the expert's weights, or None (with a warning) if the model does not say where it came from.
+
+    Args:
+        expert, revision, init_kwargs, trust_remote_code: as for `load_expert`; of `init_kwargs`, what tells where the files are.
+
+    Raises:
+        ValueError: if there is none.
+    """
     name = expert.config.name_or_path
     if not name:
         warnings.warn(
@@ -59,7 +80,16 @@ def load_expert_tokenizer(expert: Expert) -> PreTrainedTokenizerBase | None:
             stacklevel=2,
         )
         return None
-    return AutoTokenizer.from_pretrained(name)
+    where = {key: value for key, value in (init_kwargs or {}).items() if key in LOCATION_KWARGS}
+    try:
+        return AutoTokenizer.from_pretrained(
+            name, revision=revision, **{"trust_remote_code": trust_remote_code, **where}
+        )
+    except (OSError, ValueError) as error:
+        raise ValueError(
+            f"No tokenizer could be loaded beside the expert {name!r}, to compare its vocabulary with the policy's. Save it there, or pass "
+            "`expert_processing_class` to the trainer."
+        ) from error
 
 
 def check_expert(

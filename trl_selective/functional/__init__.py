@@ -12,7 +12,7 @@ Axes, used in every signature of the package:
 Probabilities are float32 or better: cast logits up before the softmax, not after.
 """
 
-from trl_selective.functional.advantages import guided_advantages, on_policy_advantages, total_reward
+from trl_selective.functional.advantages import guided_advantages, on_policy_advantages, reward_span, total_reward
 from trl_selective.functional.diversity import distinct_n, pairwise_overlap, pass_at_k
 from trl_selective.functional.importance import (
     effective_sample_size,
@@ -56,6 +56,7 @@ __all__ = [
     "pass_at_k",
     "policy_shaping_weight",
     "residual",
+    "reward_span",
     "sequence_importance_weight",
     "total_reward",
     "truncated_importance_weight",

@@ -37,7 +37,7 @@ def guided_advantages(
     rewards: Float[Tensor, "groups rows"],
     on_policy_rewards: Float[Tensor, "groups on_policy_rows"],
     coef: float,
-    reward_range: float,
+    reward_range: float | Float[Tensor, "groups rows"],
 ) -> Float[Tensor, "groups rows"]:
     """A = alpha max(R - mean_on, 0) / R_range (Eq. 11), in [0, alpha] when rewards span at most `reward_range`.
 
@@ -45,7 +45,7 @@ def guided_advantages(
         rewards: total reward of the guided rows of each group, NaN where unscorable.
         on_policy_rewards: total reward of the on-policy rows of the same groups; they alone set the baseline.
         coef: alpha >= 0, annealed to 0 during training.
-        reward_range: R_range > 0, the span of the total reward (not of this batch).
+        reward_range: R_range > 0, the span of the total reward (not of this batch), of all rows or of each.
     """
     excess = (rewards - on_policy_rewards.nanmean(dim=1, keepdim=True)).clamp(min=0)
     return (coef / reward_range * excess).nan_to_num(nan=0.0)
@@ -62,6 +62,18 @@ def total_reward(
     """
     total = (rewards_per_func * reward_weights).nansum(dim=1)
     return total.masked_fill(rewards_per_func.isnan().all(dim=1), torch.nan)
+
+
+def reward_span(
+    rewards_per_func: Float[Tensor, "rows funcs"], reward_weights: Float[Tensor, "funcs"]
+) -> Float[Tensor, "rows"]:
+    """Span of the total reward of a row if each function spans [0, 1]: the sum of |weight| over the functions that scored the row.
+
+    Args:
+        rewards_per_func: NaN where a function does not apply (it returned None), as with a function per task.
+        reward_weights: one weight per function.
+    """
+    return (~rewards_per_func.isnan() * reward_weights.abs()).sum(dim=1)
 
 
 def nanstd(values: Float[Tensor, "..."], dim: int, keepdim: bool = False) -> Float[Tensor, "..."]:

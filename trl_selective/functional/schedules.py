@@ -1,13 +1,13 @@
 """How strong is guidance at which step? A schedule is a function step -> value; `join` strings schedules together.
 
 The paper (arXiv:2510.04140) anneals alpha by a cosine from 1 to 0 over 120 of 200 steps and generates nothing guided afterwards:
-`cosine(1.0, 0.0, steps=120)`.
+`cosine(1.0, 0.0, steps=120)`. With `steps=inf` a schedule stays where it starts.
 """
 
 import math
 from collections.abc import Callable, Sequence
 
-Schedule = Callable[[int], float]
+Schedule = Callable[[float], float]
 
 
 def constant(value: float) -> Schedule:
@@ -15,17 +15,17 @@ def constant(value: float) -> Schedule:
     return lambda step: value
 
 
-def linear(start: float, end: float, steps: int) -> Schedule:
+def linear(start: float, end: float, steps: float) -> Schedule:
     """Straight from `start` at step 0 to `end` at `steps`, and `end` from then on (at once if `steps` is 0)."""
     return lambda step: end if step >= steps else start + (end - start) * step / steps
 
 
-def cosine(start: float, end: float, steps: int) -> Schedule:
+def cosine(start: float, end: float, steps: float) -> Schedule:
     """Half a cosine from `start` at step 0 to `end` at `steps`, and `end` from then on (at once if `steps` is 0)."""
     return lambda step: end if step >= steps else end + (start - end) * 0.5 * (1 + math.cos(math.pi * step / steps))
 
 
-def join(schedules: Sequence[Schedule], boundaries: Sequence[int]) -> Schedule:
+def join(schedules: Sequence[Schedule], boundaries: Sequence[float]) -> Schedule:
     """`schedules[0]` before `boundaries[0]`, then `schedules[1]`, and so on. Each counts its steps from its own boundary.
 
     Raises:
@@ -41,7 +41,7 @@ def join(schedules: Sequence[Schedule], boundaries: Sequence[int]) -> Schedule:
             f"join needs one ascending boundary fewer than schedules, got {len(schedules)} schedules and boundaries {list(boundaries)}."
         )
 
-    def schedule(step: int) -> float:
+    def schedule(step: float) -> float:
         index = sum(step >= boundary for boundary in boundaries)
         return schedules[index](step - (boundaries[index - 1] if index else 0))
 

@@ -20,6 +20,7 @@ def policy_metrics(
     reward_func_names: list[str],
     lengths: Int[Tensor, "rows"],
     is_truncated: Bool[Tensor, "rows"],
+    scale_rewards: str,
 ) -> dict[str, float]:
     """TRL's reward and completion-length metrics, under TRL's names, over on-policy rows only: curves that compare with plain GRPO.
 
@@ -28,13 +29,14 @@ def policy_metrics(
         rewards: their total reward, by group.
         reward_func_names: TRL's names of the functions.
         lengths, is_truncated: of the same rows, in tokens.
+        scale_rewards: TRL's setting: whose standard deviation is looked at for being 0.
     """
-    group_std = nanstd(rewards, dim=1)
+    std = nanstd(rewards.flatten() if scale_rewards == "batch" else rewards, dim=-1)
     terminated = lengths[~is_truncated].float() if (~is_truncated).any() else torch.zeros(1)
     metrics = {
         "reward": rewards.nanmean(),
         "reward_std": nanstd(rewards.flatten(), dim=0),
-        "frac_reward_zero_std": torch.isclose(group_std, torch.zeros_like(group_std)).float().mean(),
+        "frac_reward_zero_std": torch.isclose(std, torch.zeros_like(std)).float().mean(),
         "completions/mean_length": lengths.float().mean(),
         "completions/min_length": lengths.min(),
         "completions/max_length": lengths.max(),
@@ -52,15 +54,18 @@ def policy_metrics(
 def reward_metrics(
     on_policy: Float[Tensor, "groups on_policy_rows"],
     guided: Float[Tensor, "groups guided_rows"],
-    correct_above: float,
+    reward_range: Float[Tensor, "groups rows"],
 ) -> dict[str, float]:
     """Rewards of both kinds of rollouts apart, and the share of groups that guidance rescued.
 
     Args:
         on_policy, guided: total rewards.
-        correct_above: a rollout is correct when its reward exceeds this.
+        reward_range: span of the total reward of all rows; a rollout is correct when its reward exceeds half of it.
     """
-    rescued = (guided > correct_above).any(1) & ~(on_policy > correct_above).any(1)
+    own, helped = (torch.cat([on_policy, guided], dim=1) > reward_range / 2).split(
+        [on_policy.size(1), guided.size(1)], dim=1
+    )
+    rescued = helped.any(1) & ~own.any(1)
     return {
         "guidance/reward/on_policy": on_policy.nanmean().item(),
         "guidance/reward/guided": guided.nanmean().item(),
@@ -69,7 +74,7 @@ def reward_metrics(
 
 
 def rollout_sums(rollout: GuidedRollout) -> dict[str, float]:
-    """What one process's rollouts add to the sums behind `rollout_metrics`."""
+    """What one process's rollouts add to the sums behind `rollout_metrics` and `importance_metrics`."""
     drawn = sum(map(sum, rollout.expert_drawn))
     ratio = importance_ratio(rollout)
     return {
@@ -95,13 +100,20 @@ def rollout_metrics(sums: dict[str, float]) -> dict[str, float]:
         "guidance/expert_drawn": sums["expert_drawn"] / tokens,
         "guidance/policy_forwards_per_token": sums["policy_forwards"] / tokens,
         "guidance/expert_forwards_per_token": sums["expert_forwards"] / tokens,
-        "guidance/importance_ratio/mean": sums["ratio"] / tokens,
-        "guidance/importance_ratio/ess": sums["ratio"] ** 2 / (tokens * sums["ratio_squared"]),
     }
     if sums["drafted"]:
         metrics["guidance/acceptance_rate"] = sums["accepted"] / sums["drafted"]
         metrics["guidance/draft_length"] = sums["drafted"] / sums["expert_forwards"]
     return metrics
+
+
+def importance_metrics(sums: dict[str, float], p99: float) -> dict[str, float]:
+    """How far the guided tokens lie off the policy, from `rollout_sums` added up over processes, and the largest 99th percentile."""
+    return {
+        "guidance/importance_ratio/mean": sums["ratio"] / sums["tokens"],
+        "guidance/importance_ratio/p99": p99,
+        "guidance/importance_ratio/ess": sums["ratio"] ** 2 / (sums["tokens"] * sums["ratio_squared"]),
+    }
 
 
 def importance_ratio(rollout: GuidedRollout) -> Float[Tensor, "tokens"]:

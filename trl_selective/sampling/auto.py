@@ -14,10 +14,11 @@ def make_sampler(
     """The sampler called `name`: "stepwise", "speculative", or "auto".
 
     "auto" drafts where an expert forward of several tokens costs about as much as one of a single token: on accelerators. On a CPU it costs
-    its arithmetic, and stepwise is faster. A given `draft_length` asks for drafts anywhere.
+    its arithmetic, and stepwise is faster. The expert's device tells, since the policy may not be in its place yet. A given `draft_length`
+    asks for drafts anywhere.
     """
     if name == "auto":
-        wants_drafts = draft_length is not None or next(policy.parameters()).device.type != "cpu"
+        wants_drafts = draft_length is not None or next(expert.parameters()).device.type != "cpu"
         can_draft = all(can_forget_tokens(model.config) for model in (policy, expert))
         name = "speculative" if wants_drafts and can_draft else "stepwise"
     if name == "speculative":

@@ -55,6 +55,13 @@ class GuidedSampler(ABC):
             raise ValueError(f"weighting must be one of {sorted(WEIGHTINGS)} or a function, got {weighting!r}.")
         if not 0 <= max_weight <= 1:
             raise ValueError(f"max_weight must lie in [0, 1], got {max_weight}.")
+        for name, model in {"policy": policy, "expert": expert}.items():
+            adapter = getattr(model, "active_peft_config", None)
+            if adapter is not None and adapter.is_prompt_learning:
+                raise ValueError(
+                    f"The {name} has a {type(adapter).__name__} adapter, whose virtual tokens replace the cache that guided sampling needs. "
+                    "Use an adapter that changes weights, such as LoRA."
+                )
         self.policy, self.expert = policy, expert
         self.weighting = WEIGHTINGS[weighting] if isinstance(weighting, str) else weighting
         self.max_weight = max_weight
@@ -107,8 +114,10 @@ class GuidedSampler(ABC):
     def _probs(
         self, logits: Float[Tensor, "rows positions head"], temperature: float
     ) -> Float[Tensor, "rows positions vocab"]:
-        """Probabilities after temperature, in float32, over the ids that both heads have."""
-        return (logits[..., : self.vocab_size].float() / temperature).softmax(-1)
+        """Probabilities after temperature, in float32, over the ids that both heads have. Normalised in float64: over 150,000 ids a sum in
+        float32 may be off by some 1e-4."""
+        probs = (logits[..., : self.vocab_size].float() / temperature).softmax(-1)
+        return probs / probs.sum(-1, keepdim=True, dtype=torch.float64).float()
 
     def _weight(
         self,

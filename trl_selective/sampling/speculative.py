@@ -37,8 +37,8 @@ class SpeculativeSampler(GuidedSampler):
         for name, model in {"policy": policy, "expert": expert}.items():
             if not can_forget_tokens(model.config):
                 raise ValueError(
-                    f"The {name} ({type(model).__name__}) has sliding-window or recurrent layers, whose cache cannot take rejected tokens "
-                    "back. Use guided_sampler='stepwise', which never takes any back."
+                    f"The {name} ({type(model).__name__}) has sliding-window or recurrent layers, or counts distances in columns of its "
+                    "cache, which cannot take rejected tokens back. Use guided_sampler='stepwise', which never takes any back."
                 )
         if (draft_length is not None and draft_length < 1) or max_draft_length < 1:
             raise ValueError(

@@ -4,16 +4,21 @@ import torch
 
 from trl_selective.functional.mixed_policy import entropy, mixed_policy
 from trl_selective.sampling.draw import ACCEPT, DRAFT, inverse_cdf
+from trl_selective.sampling.kv import can_forget_tokens
 from trl_selective.sampling.live_rows import LiveRows
 from trl_selective.sampling.sampler import GuidedSampler
 
 
 class StepwiseSampler(GuidedSampler):
-    """Draws y_t ~ pi_mix directly, one forward of each model per token. Works with every cache, since nothing is ever taken back.
+    """Draws y_t ~ pi_mix directly, one forward of each model per token. Works with any cache, since nothing is ever taken back.
 
     `expert_drawn` follows the law that drafting would give it: a token y of the mixture stems from a rejected draft with probability
     (pi_mix(y) - pi_theta(y))+ / pi_mix(y).
     """
+
+    def __init__(self, policy, expert, **kwargs):
+        super().__init__(policy, expert, **kwargs)
+        self._can_repack = can_forget_tokens(policy.config) and can_forget_tokens(expert.config)
 
     def _advance(self, live: LiveRows, entropy_threshold: float, temperature: float) -> None:
         positions = live.positions(1)
@@ -26,6 +31,7 @@ class StepwiseSampler(GuidedSampler):
         mixed = mixed_policy(policy, expert, weight)
         token = inverse_cdf(mixed, live.noise(positions, DRAFT))
 
+        num_rows = len(live)
         mixed_prob, policy_prob = (p.gather(-1, token.unsqueeze(-1)).squeeze(-1) for p in (mixed, policy))
         live.commit(
             torch.ones_like(live.position),
@@ -36,3 +42,5 @@ class StepwiseSampler(GuidedSampler):
             entropies=entropies,
             expert_drawn=live.noise(positions, ACCEPT) < 1 - policy_prob / mixed_prob,
         )
+        if len(live) < num_rows and self._can_repack:
+            live.repack()  # the row with the longest prompt may have left
