@@ -291,6 +291,17 @@ def test_trls_metrics_mean_the_policy(tmp_path):
     assert entry["guidance/importance_ratio/p99"] > 1
 
 
+@pytest.mark.parametrize(("scale_rewards", "expected"), [("group", 1.0), ("batch", 0.0)])
+def test_groups_without_variance_are_counted_as_trl_counts_them(tmp_path, scale_rewards, expected):
+    """Rewards that differ between prompts only. The last step is TRL's own."""
+
+    def by_prompt(completions, start, **kwargs):
+        return [s / 36 for s in start]
+
+    trainer = trained(tmp_path, reward_funcs=by_prompt, scale_rewards=scale_rewards, guidance_steps=2)
+    assert logged(trainer, "frac_reward_zero_std") == [expected] * 3
+
+
 def by_task(share):
     """The filler reward for the problems whose start has this remainder; no opinion about the others."""
 
