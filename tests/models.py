@@ -31,7 +31,6 @@ COMMON = {
     "eos_token_id": 1,
 }
 WINDOW = {**COMMON, "sliding_window": 3}
-# fmt: off
 ARCHITECTURES: dict[str, tuple[type, dict[str, Any]]] = {
     "llama": (LlamaConfig, COMMON),
     "qwen2": (Qwen2Config, COMMON),
@@ -41,12 +40,19 @@ ARCHITECTURES: dict[str, tuple[type, dict[str, Any]]] = {
     "sliding_and_full": (Qwen2Config, {**WINDOW, "use_sliding_window": True, "max_window_layers": 1}),
     "gemma3": (Gemma3TextConfig, {**WINDOW, "layer_types": ["sliding_attention", "full_attention"]}),
     "convolution": (Lfm2Config, {**COMMON, "layer_types": ["conv", "full_attention"]}),
-    "local": (GPTNeoConfig, {"hidden_size": 16, "num_layers": 2, "num_heads": 2, "attention_types": [[["global", "local"], 1]],
-                             "window_size": 4, "max_position_embeddings": 64}),
+    "local": (
+        GPTNeoConfig,
+        {
+            "hidden_size": 16,
+            "num_layers": 2,
+            "num_heads": 2,
+            "attention_types": [[["global", "local"], 1]],
+            "window_size": 4,
+        },
+    ),
     "alibi": (MptConfig, {"d_model": 16, "n_layers": 2, "n_heads": 2}),
     "recurrent": (MambaConfig, {"hidden_size": 16, "num_hidden_layers": 1, "state_size": 4}),
 }
-# fmt: on
 FORGETFUL = ["llama", "qwen2", "gpt2"]  # full attention: rejected tokens can be masked out of the cache
 MINDFUL = ["sliding", "sliding_and_full", "gemma3", "convolution", "local", "alibi"]
 

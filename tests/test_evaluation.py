@@ -99,6 +99,14 @@ def test_the_models_own_penalties_do_not_count():
     assert {name: getattr(model.generation_config, name) for name in own} == own
 
 
+def test_a_tokenizer_without_padding_is_refused(expert):
+    model, _ = expert
+    tokenizer = AutoTokenizer.from_pretrained(EXPERT)
+    tokenizer.pad_token = None
+    with pytest.raises(ValueError, match=r"Batches need a padding token .* Set `processing_class.pad_token`"):
+        run((model, tokenizer))
+
+
 def test_an_adapter_keeps_its_own_settings():
     adapter, tokenizer = tiny_adapter(1, vocab_size=45), AutoTokenizer.from_pretrained(POLICY)
     plain = run((adapter, tokenizer))

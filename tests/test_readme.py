@@ -2,9 +2,11 @@
 
 import ast
 import re
+import tomllib
 from pathlib import Path
 
 import pytest
+from packaging.requirements import Requirement
 
 from trl_selective.config import DEFAULTS, GUIDANCE_FIELDS
 
@@ -58,6 +60,17 @@ def listed_defaults(document: str) -> dict[str, object]:
 def test_settings_are_listed_with_their_defaults(readme):
     expected = {name: DEFAULTS.get(name) for name in {*GUIDANCE_FIELDS, "preset"}}
     assert listed_defaults(readme) == expected
+
+
+def test_the_lowest_versions_are_the_lower_bounds():
+    """`.ci/lowest.txt` repeats pyproject.toml, but for PyTorch. A bound of 1.14 is met by any 1.14.x."""
+    requirements = map(Requirement, tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]["dependencies"])
+    bounds = {r.name: next(s.version for s in r.specifier if s.operator == ">=") for r in requirements}
+    lines = (ROOT / ".ci" / "lowest.txt").read_text().splitlines()
+    lowest = dict(line.split("==") for line in lines if not line.startswith("#"))
+    assert lowest.keys() == bounds.keys()
+    for name in lowest.keys() - {"torch"}:
+        assert f"{lowest[name]}.".startswith(f"{bounds[name]}.")
 
 
 def test_relative_links_exist(project_files):

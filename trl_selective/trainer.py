@@ -263,11 +263,12 @@ class SelectiveGuidanceGRPOTrainer(GRPOTrainer):
 
     def _apply_guidance(self, output: dict, batch: GuidedBatch) -> dict:
         """Replace TRL's advantages, and what it logged of this batch, by those of mixed-policy GRPO (Eq. 10-11)."""
-        weights = self.reward_weights.to(batch.rewards_per_func.device)
-        rewards = total_reward(batch.rewards_per_func, weights).view(-1, batch.num_generations)
+        reward_weights = self.reward_weights.to(batch.rewards_per_func.device)
+        rewards = total_reward(batch.rewards_per_func, reward_weights).view(-1, batch.num_generations)
         on_policy, guided = rewards.split([batch.num_on_policy, batch.num_guided], dim=1)
-        reward_range = reward_span(batch.rewards_per_func, weights).view_as(rewards)
-        if self.args.reward_range is not None:
+        if self.args.reward_range is None:
+            reward_range = reward_span(batch.rewards_per_func, reward_weights).view_as(rewards)
+        else:
             reward_range = torch.full_like(rewards, self.args.reward_range)
         advantages = torch.cat(
             [
@@ -336,9 +337,8 @@ class SelectiveGuidanceGRPOTrainer(GRPOTrainer):
         totals = self._sum_over_processes(torch.tensor(list(sums.values()), dtype=torch.float64)).tolist()
         sums = dict(zip(sums, totals, strict=True))
         news = reward_metrics(on_policy, guided, reward_range) | rollout_metrics(sums)
-        if (
-            self.args.mixture_policy == "current"
-        ):  # else the rollout knows the initial policy's probabilities, not those of the trained one
+        # With "initial", the rollout knows that policy's probabilities and not those of the trained one.
+        if self.args.mixture_policy == "current":
             p99 = torch.tensor(importance_ratio_p99(batch.rollout), device=device)
             news |= importance_metrics(sums, self.accelerator.gather(p99).max().item())
         for name, value in news.items():

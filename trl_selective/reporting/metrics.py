@@ -62,10 +62,9 @@ def reward_metrics(
         on_policy, guided: total rewards.
         reward_range: span of the total reward of all rows; a rollout is correct when its reward exceeds half of it.
     """
-    own, helped = (torch.cat([on_policy, guided], dim=1) > reward_range / 2).split(
-        [on_policy.size(1), guided.size(1)], dim=1
-    )
-    rescued = helped.any(1) & ~own.any(1)
+    correct_above = reward_range / 2
+    num = on_policy.size(1)
+    rescued = (guided > correct_above[:, num:]).any(1) & ~(on_policy > correct_above[:, :num]).any(1)
     return {
         "guidance/reward/on_policy": on_policy.nanmean().item(),
         "guidance/reward/guided": guided.nanmean().item(),

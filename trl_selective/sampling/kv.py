@@ -6,7 +6,7 @@ cache is repacked: the text of every row is moved to the right, as if it had bee
 """
 
 import inspect
-from collections.abc import Collection, Sequence
+from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -16,26 +16,27 @@ from transformers import DynamicCache, PretrainedConfig
 from transformers.cache_utils import DynamicLayer
 
 REPACK_ABOVE = 1.25  # columns per token of the longest row, beyond which a repack pays
-
-
-# Their distances (ALiBi, local windows) count the columns of the cache, holes included.
-COUNT_COLUMNS = ("gpt_neo", "mpt")
+COUNT_COLUMNS = (
+    "gpt_neo",
+    "mpt",
+)  # model types whose local windows or ALiBi count the columns of the cache, holes included
+OPTIONAL_ARGUMENTS = {"position_ids", "logits_to_keep"}  # passed to a model's forward where it takes them
 
 
 def can_forget_tokens(config: PretrainedConfig) -> bool:
-    """Whether the model's cache can mask out rejected tokens: full attention in every layer, no sliding window and no recurrent state."""
+    """Whether the model's cache can mask out rejected tokens: full attention in every layer, by positions. No sliding window, no recurrent
+    state, no distances counted in columns."""
     return config.model_type not in COUNT_COLUMNS and all(
         type(layer) is DynamicLayer for layer in DynamicCache(config=config).layers
     )
 
 
-def forward_parameters(model: nn.Module) -> Collection[str] | None:
-    """Names of the arguments that the model's `forward` takes, seen through compilation and PEFT; None if it takes whatever comes."""
-    model = getattr(model, "_orig_mod", model)
+def optional_arguments(model: nn.Module) -> set[str]:
+    """Which of `OPTIONAL_ARGUMENTS` the model takes, seen through PEFT and compilation. A wrapper that hides its model takes all."""
     model = getattr(model, "get_base_model", lambda: model)()
     parameters = inspect.signature(getattr(model, "_orig_mod", model).forward).parameters
     is_opaque = all(p.kind in (p.VAR_POSITIONAL, p.VAR_KEYWORD) for p in parameters.values())
-    return None if is_opaque else parameters
+    return OPTIONAL_ARGUMENTS if is_opaque else OPTIONAL_ARGUMENTS & parameters.keys()
 
 
 class CachedModel:
@@ -49,7 +50,7 @@ class CachedModel:
         self.model, self.name = model, name
         self.cache: Any = None  # a transformers cache, once something was read
         self.row_forwards = 0
-        self.accepted = forward_parameters(model)
+        self.accepted = optional_arguments(model)
 
     def read(
         self,
@@ -60,14 +61,12 @@ class CachedModel:
     ) -> Float[Tensor, "rows num_logits vocab"]:
         """Append `token_ids` to the cache and return the logits of the last `num_logits` of them. The mask covers cache and new tokens."""
         optional = {"position_ids": position_ids, "logits_to_keep": num_logits}
-        if self.accepted is not None:
-            optional = {key: value for key, value in optional.items() if key in self.accepted}
         output = self.model(
             input_ids=token_ids,
             attention_mask=attention_mask,
             past_key_values=self.cache,
             use_cache=True,
-            **optional,
+            **{key: value for key, value in optional.items() if key in self.accepted},
         )
         self.cache = getattr(output, "past_key_values", None)
         if self.cache is None:
