@@ -85,6 +85,13 @@ def test_a_rollout_is_correct_by_the_range_of_its_own_rewards():
     assert reward_metrics(on_policy, guided, reward_range)["guidance/rescued_groups"] == 0.5
 
 
+@pytest.mark.parametrize(("own_range", "guided_range", "rescued"), [(1.0, 1.0, 0.0), (1.0, 2.0, 0.0), (2.0, 1.0, 1.0)])
+def test_ranges_may_differ_within_a_group(own_range, guided_range, rescued):
+    """Both rewards are 0.6: correct where the range is 1, wrong where it is 2."""
+    rewards, reward_range = torch.tensor([[0.6]]), torch.tensor([[own_range, guided_range]])
+    assert reward_metrics(rewards, rewards, reward_range)["guidance/rescued_groups"] == rescued
+
+
 @pytest.mark.parametrize(("scale_rewards", "expected"), [("group", 1.0), ("none", 1.0), ("batch", 0.0)])
 def test_without_variance_as_trl_means_it(scale_rewards, expected):
     """Groups that agree within and differ from one another: only the batch has variance."""

@@ -142,9 +142,13 @@ class AllLogits(nn.Module):
 
 
 @pytest.mark.parametrize("kind", KINDS)
-def test_a_model_that_returns_all_logits(kind):
+@pytest.mark.parametrize("compiled", [False, True])
+def test_a_model_that_returns_all_logits(kind, compiled):
     models = tiny_model(1), tiny_model(2)
-    rollout = RAMP.sample(kind, *map(AllLogits, models), PROMPTS * 3, length=LENGTH, eos={1})
+    wrapped = [AllLogits(model) for model in models]
+    if compiled:  # which hides what is taken, and what is not
+        wrapped = [torch.compile(model, backend="eager") for model in wrapped]
+    rollout = RAMP.sample(kind, *wrapped, PROMPTS * 3, length=LENGTH, eos={1})
     assert_recorded(rollout, *models, PROMPTS * 3, RAMP)
 
 
