@@ -1,0 +1,228 @@
+"""Whole expert completions from columns of the dataset: what they look like, and how they become tokens of the policy.
+
+A row has zero, one or several completions for its prompt: texts, or conversations of one assistant message. They are tokenised with the
+policy's own tokenizer and chat template, behind exactly the prompt that the policy answers, so that a text of any model will do.
+"""
+
+import hashlib
+import math
+from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+from transformers import PreTrainedTokenizerBase
+
+OVERLONG = ("drop", "truncate")
+PREVIEW = 60  # characters of a text in a message
+
+
+@dataclass(frozen=True)
+class ExpertCompletion:
+    """One completion that may be injected.
+
+    Attributes:
+        token_ids: of the policy's tokenizer; the end token is the last one, unless the completion was truncated.
+        logps: log pi_b of each token under the expert that wrote it, if known.
+        source: name of that expert, if known.
+    """
+
+    token_ids: tuple[int, ...]
+    logps: tuple[float, ...] | None = None
+    source: str | None = None
+
+    @property
+    def key(self) -> str:
+        """A short name for the text, the same in every process and run."""
+        return hashlib.sha256(repr(self.token_ids).encode()).hexdigest()[:16]
+
+
+@dataclass
+class CompletionReader:
+    """Reads the expert completions of a dataset row.
+
+    Args:
+        tokenizer: the policy's.
+        eos_token_ids: ids that end a completion of the policy; the first one is appended where a text does not end with any.
+        max_completion_length: tokens, the end token included.
+        completions_column, logprobs_column, sources_column: names of the columns; the last two may be None.
+        overlong: what becomes of longer completions: "drop", or "truncate" (they then have no end token, as a rollout that was cut off).
+        render: turns a conversation into text as the policy sees it: `render(messages, add_generation_prompt)`.
+
+    Attributes:
+        num_read: completions read so far, those of dropped ones included.
+        num_overlong: of these, how many were longer than `max_completion_length`.
+    """
+
+    tokenizer: PreTrainedTokenizerBase
+    eos_token_ids: Sequence[int]
+    max_completion_length: int
+    completions_column: str
+    logprobs_column: str | None
+    sources_column: str | None
+    overlong: str
+    render: Callable[[Sequence[Mapping], bool], str]
+    num_read: int = field(default=0, init=False)
+    num_overlong: int = field(default=0, init=False)
+
+    @property
+    def columns(self) -> list[str]:
+        """The columns that are set."""
+        names = (self.completions_column, self.logprobs_column, self.sources_column)
+        return [name for name in names if name is not None]
+
+    def check(self, rows: Iterable[Mapping[str, Any]]) -> None:
+        """Look at all rows of a dataset before training starts.
+
+        Types are checked everywhere. Texts are tokenised where log-probabilities have to fit them, and otherwise in the first row that has
+        any, which shows whether the chat template can be used at all.
+
+        Raises:
+            ValueError: naming the row and what is wrong with it.
+        """
+        is_any = False
+        for index, row in enumerate(rows):
+            where = f"Row {index}"
+            completions = self._completions(row, where)
+            if completions and (self.logprobs_column or not is_any):
+                self.read(row, where)
+            is_any = is_any or bool(completions)
+        if not is_any:
+            raise ValueError(
+                f"No row has a completion in the column {self.completions_column!r}: nothing could ever be injected. Fill it, or set "
+                "num_injected_completions=0."
+            )
+        self.num_read = self.num_overlong = 0
+
+    def read(self, row: Mapping[str, Any], where: str | None = None) -> list[ExpertCompletion]:
+        """The completions of a row that fit, in their order.
+
+        Args:
+            row: a row of the dataset, with the column `prompt`.
+            where: how to name it in a message.
+
+        Raises:
+            ValueError: if the row is malformed.
+        """
+        where = where or f"The row with the prompt {_preview(row['prompt'])}"
+        completions = self._completions(row, where)
+        logprobs = self._aligned(row, self.logprobs_column, len(completions), where)
+        sources = self._aligned(row, self.sources_column, len(completions), where)
+        found = []
+        for number, (completion, logps, source) in enumerate(zip(completions, logprobs, sources, strict=True)):
+            which = f"{where}, completion {number}"
+            token_ids = self._tokenize(row["prompt"], completion, which)
+            self._check_logps(logps, token_ids, which)
+            if source is not None and not isinstance(source, str):
+                raise ValueError(f"{which} has the source {source!r} in {self.sources_column!r}, expected a name or None.")
+            self.num_read += 1
+            if len(token_ids) > self.max_completion_length:
+                self.num_overlong += 1
+                if self.overlong == "drop":
+                    continue
+                token_ids = token_ids[: self.max_completion_length]
+            found.append(
+                ExpertCompletion(
+                    token_ids=tuple(token_ids),
+                    logps=None if logps is None else tuple(logps[: len(token_ids)]),
+                    source=source,
+                )
+            )
+        return found
+
+    def _completions(self, row: Mapping[str, Any], where: str) -> list[Any]:
+        """The completions of a row as a list of texts and conversations, checked without being tokenised."""
+        value = row[self.completions_column]
+        if value is None:
+            return []
+        if isinstance(value, str) or _is_conversation(value):
+            value = [value]  # a single one
+        if not isinstance(value, Sequence):
+            raise ValueError(
+                f"{where} has {_preview(value)} of type {type(value).__name__} in {self.completions_column!r}, expected a list of "
+                "texts or of conversations, which may be empty, or None."
+            )
+        kinds = set()
+        for number, completion in enumerate(value):
+            which = f"{where}, completion {number} in {self.completions_column!r}"
+            if not isinstance(completion, str) and not _is_conversation(completion):
+                raise ValueError(
+                    f"{which} is {_preview(completion)} of type {type(completion).__name__}, expected a text or a conversation."
+                )
+            kinds.add(isinstance(completion, str))
+            if not isinstance(completion, str):
+                self._check_conversation(row, completion, which)
+            if self._is_blank(completion if isinstance(completion, str) else completion[0]["content"]):
+                raise ValueError(
+                    f"{which} is {_preview(completion)}, which has no text: there is nothing to learn from it. Leave it out."
+                )
+        if len(kinds) > 1:
+            raise ValueError(f"{where} has texts and conversations in {self.completions_column!r}, expected one kind.")
+        return list(value)
+
+    def _check_conversation(self, row: Mapping[str, Any], completion: Sequence[Mapping], which: str) -> None:
+        if isinstance(row["prompt"], str):
+            raise ValueError(
+                f"{which} is a conversation, but the prompt is a text. Give the completion as a text, or the prompt as a conversation."
+            )
+        message = completion[0]
+        if len(completion) != 1 or message.get("role") != "assistant" or not isinstance(message.get("content"), str):
+            raise ValueError(
+                f"{which} is {_preview(completion)}, expected one message with the role 'assistant' and a text as its content."
+            )
+
+    def _is_blank(self, text: str) -> bool:
+        """Whether nothing is left but blanks and special tokens."""
+        for token in self.tokenizer.all_special_tokens:
+            text = text.replace(token, "")
+        return not text.strip()
+
+    def _aligned(self, row: Mapping[str, Any], column: str | None, number: int, where: str) -> list[Any]:
+        """The entries of an optional column, one per completion; None where there is no column or no value."""
+        value = None if column is None else row[column]
+        if value is None:
+            return [None] * number
+        if isinstance(value, str) or (isinstance(value, Sequence) and value and isinstance(value[0], (int, float))):
+            value = [value]  # that of a single completion
+        if not isinstance(value, Sequence) or len(value) != number:
+            size = f"{len(value)} entries" if isinstance(value, Sequence) else repr(value)
+            raise ValueError(f"{where} has {size} in {column!r}, expected one for each of its {number} completions.")
+        return list(value)
+
+    def _tokenize(self, prompt: Any, completion: Any, which: str) -> list[int]:
+        """What follows the prompt's tokens if the policy answers with this completion, up to the end token."""
+        if not isinstance(completion, str):
+            text, prefix = self.render([*prompt, *completion], False), self.render(prompt, True)
+            if not text.startswith(prefix):
+                raise ValueError(
+                    f"{which}: the chat template shows the prompt as {prefix[-PREVIEW:]!r} before an answer, but a conversation with this "
+                    f"answer does not begin so. Give the completion as a text: all that follows the prompt, such as {text[-PREVIEW:]!r}."
+                )
+            completion = text[len(prefix) :]
+        token_ids = self.tokenizer(text=completion, add_special_tokens=False)["input_ids"]
+        ends = [position for position, token in enumerate(token_ids) if token in self.eos_token_ids]
+        return token_ids[: ends[0] + 1] if ends else [*token_ids, self.eos_token_ids[0]]
+
+    def _check_logps(self, logps: Any, token_ids: Collection[int], which: str) -> None:
+        if logps is None:
+            return
+        if not isinstance(logps, Sequence) or len(logps) != len(token_ids):
+            size = f"{len(logps)} log-probabilities" if isinstance(logps, Sequence) else repr(logps)
+            raise ValueError(
+                f"{which} has {size} in {self.logprobs_column!r}, expected one for each of its {len(token_ids)} tokens under the policy's "
+                "tokenizer, the end token included. Use None where they are not known."
+            )
+        for position, logp in enumerate(logps):
+            if isinstance(logp, bool) or not isinstance(logp, (int, float)) or not (math.isfinite(logp) and logp <= 1e-6):
+                raise ValueError(
+                    f"{which} has the log-probability {logp!r} at token {position} in {self.logprobs_column!r}, expected a finite number "
+                    "of at most 0. Use None for the whole completion where they are not known."
+                )
+
+
+def _is_conversation(value: Any) -> bool:
+    return isinstance(value, Sequence) and len(value) > 0 and all(isinstance(message, Mapping) for message in value)
+
+
+def _preview(value: Any) -> str:
+    text = repr(value)
+    return text if len(text) <= PREVIEW else f"{text[:PREVIEW]}..."
