@@ -113,7 +113,9 @@ class CompletionReader:
             token_ids = self._tokenize(row["prompt"], completion, which)
             self._check_logps(logps, token_ids, which)
             if source is not None and not isinstance(source, str):
-                raise ValueError(f"{which} has the source {source!r} in {self.sources_column!r}, expected a name or None.")
+                raise ValueError(
+                    f"{which} has the source {source!r} in {self.sources_column!r}, expected a name or None."
+                )
             self.num_read += 1
             if len(token_ids) > self.max_completion_length:
                 self.num_overlong += 1
@@ -212,7 +214,11 @@ class CompletionReader:
                 "tokenizer, the end token included. Use None where they are not known."
             )
         for position, logp in enumerate(logps):
-            if isinstance(logp, bool) or not isinstance(logp, (int, float)) or not (math.isfinite(logp) and logp <= 1e-6):
+            if (
+                isinstance(logp, bool)
+                or not isinstance(logp, (int, float))
+                or not (math.isfinite(logp) and logp <= 1e-6)
+            ):
                 raise ValueError(
                     f"{which} has the log-probability {logp!r} at token {position} in {self.logprobs_column!r}, expected a finite number "
                     "of at most 0. Use None for the whole completion where they are not known."

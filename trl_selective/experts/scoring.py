@@ -9,6 +9,7 @@ from torch.nn.utils.rnn import pad_sequence
 
 from trl_selective.sampling.kv import optional_arguments
 
+LOGITS_AT_ONCE = 2**28  # of one forward: half a gigabyte in bfloat16. A single row may need more.
 POSITIONS_AT_ONCE = 1024  # whose log-softmax is held in float32: 0.6 GB for 150,000 tokens of vocabulary
 
 
@@ -19,7 +20,7 @@ def completion_logps(
     completion_ids: Sequence[Sequence[int]],
     *,
     temperature: float = 1.0,
-    batch_size: int = 8,
+    batch_size: int | None = None,
 ) -> list[Float[Tensor, "seq"]]:
     """log pi(token | prompt, tokens before it) of every completion token, in float32, on the CPU.
 
@@ -28,8 +29,11 @@ def completion_logps(
         prompt_ids: token ids of each prompt, without padding, at least one each.
         completion_ids: token ids of each completion, end token included, at least one each.
         temperature: > 0, divides the logits.
-        batch_size: rows per forward. Padding changes nothing.
+        batch_size: rows per forward; None for as many as `LOGITS_AT_ONCE` has room for. Padding changes nothing.
     """
+    if batch_size is None:
+        longest = max(map(len, completion_ids), default=1)
+        batch_size = max(1, LOGITS_AT_ONCE // (longest * model.config.get_text_config().vocab_size))  # type: ignore[operator, union-attr]
     device = next(model.parameters()).device
     takes_logits_to_keep = "logits_to_keep" in optional_arguments(model)
     logps: list[Tensor] = []
@@ -52,11 +56,12 @@ def completion_logps(
     return logps
 
 
-def _gather_logps(
-    logits: Float[Tensor, "seq vocab"], token_ids: Tensor, temperature: float
-) -> Float[Tensor, "seq"]:
+def _gather_logps(logits: Float[Tensor, "seq vocab"], token_ids: Tensor, temperature: float) -> Float[Tensor, "seq"]:
     """Log-probabilities of `token_ids`, a block of positions at a time."""
     blocks = zip(logits.split(POSITIONS_AT_ONCE), token_ids.split(POSITIONS_AT_ONCE), strict=True)
     return torch.cat(
-        [(block.float() / temperature).log_softmax(-1).gather(-1, ids.unsqueeze(-1)).squeeze(-1) for block, ids in blocks]
+        [
+            (block.float() / temperature).log_softmax(-1).gather(-1, ids.unsqueeze(-1)).squeeze(-1)
+            for block, ids in blocks
+        ]
     )

@@ -12,11 +12,18 @@ Axes, used in every signature of the package:
 Probabilities are float32 or better: cast logits up before the softmax, not after.
 """
 
-from trl_selective.functional.advantages import guided_advantages, on_policy_advantages, reward_span, total_reward
-from trl_selective.functional.diversity import distinct_n, pairwise_overlap, pass_at_k
+from trl_selective.functional.advantages import (
+    guided_advantages,
+    mixed_group_advantages,
+    on_policy_advantages,
+    reward_span,
+    total_reward,
+)
+from trl_selective.functional.diversity import distinct_n, jaccard, n_grams, pairwise_overlap, pass_at_k
 from trl_selective.functional.importance import (
     effective_sample_size,
     guided_importance_weight,
+    injected_importance_weight,
     masked_importance_weight,
     policy_shaping_weight,
     sequence_importance_weight,
@@ -47,10 +54,14 @@ __all__ = [
     "guided_advantages",
     "guided_importance_weight",
     "hard_gate",
+    "injected_importance_weight",
+    "jaccard",
     "join",
     "linear",
     "masked_importance_weight",
+    "mixed_group_advantages",
     "mixed_policy",
+    "n_grams",
     "on_policy_advantages",
     "pairwise_overlap",
     "pass_at_k",

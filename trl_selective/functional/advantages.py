@@ -10,7 +10,7 @@ advantage is 0.
 from typing import Literal
 
 import torch
-from jaxtyping import Float
+from jaxtyping import Bool, Float
 from torch import Tensor
 
 STD_EPSILON = 1e-4  # TRL's: keeps groups without variance at exactly 0
@@ -49,6 +49,50 @@ def guided_advantages(
     """
     excess = (rewards - on_policy_rewards.nanmean(dim=1, keepdim=True)).clamp(min=0)
     return (coef / reward_range * excess).nan_to_num(nan=0.0)
+
+
+def mixed_group_advantages(
+    sampled_rewards: Float[Tensor, "groups rows"],
+    rewards: Float[Tensor, "groups rows"],
+    is_guided: Bool[Tensor, "groups rows"],
+    is_injected: Bool[Tensor, "groups rows"],
+    coef: float,
+    reward_range: float | Float[Tensor, "groups rows"],
+    *,
+    scale_rewards: Literal["group", "batch", "none"] = "group",
+    injection_advantage: Literal["positive_excess", "group"] = "positive_excess",
+) -> Float[Tensor, "groups rows"]:
+    """Advantages of groups in which some rows are guided, and some were replaced by expert completions after sampling.
+
+    The baseline is that of all on-policy rollouts as they were sampled, replaced ones included: the rows that stay have the advantage that
+    they have without injection. Injected rows count by their positive excess over it, like guided ones (Eq. 11).
+
+    With `injection_advantage="group"`, LUFFY's choice (arXiv:2504.14945), groups with an injected row use Eq. 10 over all that are in the
+    group now, guided rows apart; advantages of injected rows are multiplied by alpha.
+
+    Args:
+        sampled_rewards: total rewards of the rollouts.
+        rewards: the same with those of the injected completions in their places.
+        is_guided: which rollouts were guided.
+        is_injected: which of all rows were replaced.
+        coef: alpha >= 0.
+        reward_range: R_range > 0.
+        scale_rewards: as for `on_policy_advantages`.
+        injection_advantage: "positive_excess" or "group".
+    """
+    own = sampled_rewards.masked_fill(is_guided, torch.nan)
+    advantages = torch.where(
+        is_guided | is_injected,
+        guided_advantages(rewards, own, coef, reward_range),
+        on_policy_advantages(own, scale_rewards),
+    )
+    if injection_advantage == "group":
+        still_guided = is_guided & ~is_injected
+        within_group = on_policy_advantages(rewards.masked_fill(still_guided, torch.nan), scale_rewards)
+        within_group = torch.where(is_injected, coef * within_group, within_group)
+        replaced = is_injected.any(dim=1, keepdim=True) & ~still_guided
+        advantages = torch.where(replaced, within_group, advantages)
+    return advantages
 
 
 def total_reward(

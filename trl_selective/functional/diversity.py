@@ -1,6 +1,6 @@
 """Does the policy still find many solutions? Unbiased pass@k, and how much completions differ from one another."""
 
-from collections.abc import Hashable, Sequence
+from collections.abc import Hashable, Sequence, Set
 from itertools import combinations
 
 import torch
@@ -46,7 +46,7 @@ def distinct_n(completions: Sequence[Sequence[Hashable]], n: int = 2) -> float:
     Returns:
         A number in (0, 1], or NaN if no completion has n tokens.
     """
-    grams = [gram for completion in completions for gram in _n_grams(completion, n)]
+    grams = [gram for completion in completions for gram in n_grams(completion, n)]
     return len(set(grams)) / len(grams) if grams else float("nan")
 
 
@@ -55,10 +55,16 @@ def pairwise_overlap(completions: Sequence[Sequence[Hashable]], n: int = 2) -> f
 
     Completions without an n-gram count as alike with one another. NaN for fewer than two completions.
     """
-    sets = [set(_n_grams(completion, n)) for completion in completions]
-    overlaps = [len(a & b) / len(a | b) if a | b else 1.0 for a, b in combinations(sets, 2)]
+    sets = [set(n_grams(completion, n)) for completion in completions]
+    overlaps = [jaccard(a, b) for a, b in combinations(sets, 2)]
     return sum(overlaps) / len(overlaps) if overlaps else float("nan")
 
 
-def _n_grams(tokens: Sequence[Hashable], n: int) -> list[tuple[Hashable, ...]]:
+def jaccard(a: Set[Hashable], b: Set[Hashable]) -> float:
+    """Shared share of two sets: 1 if they are alike, also if both are empty; 0 if they have nothing in common."""
+    return len(a & b) / len(a | b) if a | b else 1.0
+
+
+def n_grams(tokens: Sequence[Hashable], n: int) -> list[tuple[Hashable, ...]]:
+    """All runs of n tokens, in order."""
     return list(zip(*(tokens[i:] for i in range(n)), strict=False))

@@ -5,6 +5,9 @@ pi_theta_old / pi_mix corrects for it, per token or as a product over the sequen
 The paper itself applies no weight. With the guidance weight capped at w_max < 1 (ours), pi_mix >= (1 - w_max) pi_theta_old, so that the
 token ratio never exceeds 1 / (1 - w_max): corrected without any truncation.
 
+A token of an injected completion was drawn by somebody else altogether, with a probability pi_b that is often unknown. It is weighed by
+the *current* policy, afresh in each iteration: see `injected_importance_weight`.
+
 Weights are factors on advantages: call them on detached log-probabilities. Positions where `mask` is 0 get the weight 1 and never count.
 """
 
@@ -71,6 +74,46 @@ def policy_shaping_weight(log_probs: Float[Tensor, "*shape"], gamma: float = 0.1
     """
     probs = log_probs.exp()
     return gamma * probs / (probs + gamma).square()
+
+
+def injected_importance_weight(
+    log_probs: Float[Tensor, "batch seq"],
+    behaviour_log_probs: Float[Tensor, "batch seq"] | None,
+    mask: Mask,
+    correction: str,
+    *,
+    gamma: float = 0.1,
+    max_ratio: float = float("inf"),
+) -> Float[Tensor, "batch #seq"]:
+    """The factor on the gradient A grad log pi_theta of injected completions, under the correction called `correction`.
+
+    | correction | objective of a completion of T tokens | weight of each token |
+    |---|---|---|
+    | `"policy_shaping"` (arXiv:2504.14945) | A sum_t f(pi_t), f(x) = x / (x + gamma) | gamma pi_t / (pi_t + gamma)^2 |
+    | `"sequence_policy_shaping"` | A T f(pi), pi the geometric mean of pi_t | gamma pi / (pi + gamma)^2 |
+    | `"truncated"` | A sum_t sg[min(pi_t / pi_b,t, max_ratio)] log pi_t | min(pi_t / pi_b,t, max_ratio) |
+    | `"sequence_truncated"` | the same with the product of all ratios | min(prod_t pi_t / pi_b,t, max_ratio) |
+    | `"none"` | A sum_t log pi_t: advantage-weighted imitation | 1 |
+
+    Policy shaping takes pi_b as 1, as LUFFY does, and needs no log-probabilities of the expert.
+
+    Args:
+        log_probs: log pi_theta of each token under the *current* policy, detached.
+        behaviour_log_probs: log pi_b of each token; None where the correction does without.
+        mask: tokens of injected completions; all others, and rows without any, get the weight 1.
+        gamma: of policy shaping, > 0, a probability.
+        max_ratio: where a ratio is truncated.
+    """
+    if correction == "none":
+        return torch.ones_like(log_probs[:, :1])
+    if correction == "policy_shaping":
+        return torch.where(mask.bool(), policy_shaping_weight(log_probs, gamma), 1.0)
+    if correction == "sequence_policy_shaping":
+        mean = sequence_log_ratio(log_probs, mask) / mask.sum(-1, keepdim=True).clamp(min=1)
+        return torch.where(mask.bool().any(-1, keepdim=True), policy_shaping_weight(mean, gamma), 1.0)
+    assert behaviour_log_probs is not None, f"{correction} needs log-probabilities of the behaviour policy"
+    level = "sequence" if correction == "sequence_truncated" else "token"
+    return guided_importance_weight(log_probs - behaviour_log_probs, mask, f"{level}_truncate", max_ratio)
 
 
 def effective_sample_size(weights: Float[Tensor, "*shape"]) -> Float[Tensor, ""]:

@@ -1,0 +1,51 @@
+"""Who gets an expert completion, and which one (arXiv:2504.14945 gives one to every group; selective means to decide each time)."""
+
+from trl_selective.selection.candidates import Candidates
+from trl_selective.selection.expression import combine
+from trl_selective.selection.learned import GainModel, Learned
+from trl_selective.selection.memory import InjectionMemory, Verdict
+from trl_selective.selection.selectors import (
+    Diverse,
+    First,
+    Learnable,
+    Novel,
+    Random,
+    RewardGain,
+    Selector,
+    Shortest,
+    choose,
+)
+from trl_selective.selection.triggers import (
+    Always,
+    Below,
+    GroupFailed,
+    GroupOutcomes,
+    Trigger,
+    WithProbability,
+    ZeroVariance,
+)
+
+__all__ = [
+    "Always",
+    "Below",
+    "Candidates",
+    "Diverse",
+    "First",
+    "GainModel",
+    "GroupFailed",
+    "GroupOutcomes",
+    "InjectionMemory",
+    "Learnable",
+    "Learned",
+    "Novel",
+    "Random",
+    "RewardGain",
+    "Selector",
+    "Shortest",
+    "Trigger",
+    "Verdict",
+    "WithProbability",
+    "ZeroVariance",
+    "choose",
+    "combine",
+]
