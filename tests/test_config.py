@@ -99,7 +99,7 @@ def test_schedules_of_alpha(settings, expected):
 @pytest.mark.parametrize(
     ("settings", "message"),
     [
-        ({"preset": "mentro"}, r"preset must be one of \['mentor', .*\], got 'mentro'"),
+        ({"preset": "mentro"}, r"preset must be one of \[.*'mentor', .*\], got 'mentro'"),
         ({"guidance_weighting": "soft"}, r"guidance_weighting must be one of .*'hard_gate'.*, got 'soft'"),
         ({"guidance_schedule": "exp"}, "guidance_schedule must be one of .*'cosine'.*, got 'exp'"),
         ({"guided_importance_correction": "clip"}, "guided_importance_correction must be one of .*, got 'clip'"),
@@ -126,7 +126,7 @@ def test_schedules_of_alpha(settings, expected):
         ({"guidance_coef": float("inf")}, "guidance_coef must be finite, got inf"),
         ({"reward_range": float("inf")}, "reward_range must be finite, got inf"),
         ({"entropy_threshold_init": float("inf")}, "entropy_threshold_init must be finite, got inf"),
-        ({"max_completion_length": None}, "Guided rollouts need a bound on their length, got max_completion_length=None"),
+        ({"max_completion_length": None}, "Guidance needs a bound on lengths, got max_completion_length=None"),
         ({"top_p": 0.9}, "drawn from the full distribution, got top_p=0.9"),
         ({"top_k": 50, "min_p": 0.1}, "drawn from the full distribution, got top_k=50, min_p=0.1"),
         ({"repetition_penalty": 1.1}, "drawn from the full distribution, got repetition_penalty=1.1"),

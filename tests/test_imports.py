@@ -18,10 +18,14 @@ MODULES = sorted((ROOT / "trl_selective").rglob("*.py"))
 PARTS = [
     "functional",
     "rollout",
+    "grading",
     "sampling",
     "experts",
+    "selection",
+    "injection",
     "guided_batch",
     "threshold",
+    "state",
     "presets",
     "config",
     "checks",
@@ -90,7 +94,7 @@ def test_importing_is_light():
         "trl.GRPOConfig, trl.GRPOTrainer\n"
         "before = set(sys.modules)\n"
         "import trl_selective\n"
-        "print(*({'matplotlib', 'vllm', 'math_verify'} & (set(sys.modules) - before)))"
+        "print(*({'matplotlib', 'vllm', 'math_verify', 'openai'} & (set(sys.modules) - before)))"
     )
     result = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, check=True, cwd=ROOT)
     assert result.stdout.split() == [], "import these inside the functions that need them"

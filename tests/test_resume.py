@@ -12,7 +12,7 @@ import torch
 from safetensors.torch import load_file
 
 from tests.training import QUICKSTART, length_reward, make_trainer
-from trl_selective.threshold import STATE_FILE
+from trl_selective.state import STATE_FILE
 
 ROOT = QUICKSTART.parents[1]
 

@@ -6,7 +6,7 @@ import threading
 import pytest
 import torch
 
-from trl_selective.threshold import STATE_FILE, EntropyThreshold, read_state, write_state
+from trl_selective.threshold import EntropyThreshold
 
 QUANTILE, VOCAB = 0.8, 50
 BIN = 0.0005  # log(50) / 8192 = 0.00048
@@ -116,38 +116,17 @@ def test_the_state_of_all_processes_is_saved_once_and_counted_once():
     assert values[0] == pytest.approx(quantile(torch.cat(parts)), abs=BIN)
 
 
-def test_the_state_survives_a_file(tmp_path):
+def test_the_state_survives_json():
     threshold = make(init=1.25)
     see(threshold, torch.rand(100))
-    write_state(tmp_path, threshold.state_dict())
-    assert [path.name for path in tmp_path.iterdir()] == [STATE_FILE]
     resumed = make()
-    resumed.load_state_dict(read_state(tmp_path), is_main_process=True)
+    resumed.load_state_dict(json.loads(json.dumps(threshold.state_dict())), is_main_process=True)
     assert resumed.value == 1.25
     assert torch.equal(resumed.histogram.counts, threshold.histogram.counts)
     assert resumed.measure() == threshold.measure()
 
 
-def test_a_state_before_any_measurement(tmp_path):
-    write_state(tmp_path, make().state_dict())
+def test_a_state_before_any_measurement():
     resumed = make(init=9.0)
-    resumed.load_state_dict(read_state(tmp_path), is_main_process=True)
+    resumed.load_state_dict(make().state_dict(), is_main_process=True)
     assert resumed.measure() is None
-
-
-def test_a_checkpoint_without_guidance_has_no_state(tmp_path):
-    assert read_state(tmp_path) is None
-
-
-@pytest.mark.parametrize("content", ['{"entropy_threshold": 1', '{"entropy_threshold": 1.0}', "[1, 2]", ""])
-def test_a_damaged_file_is_named(tmp_path, content):
-    (tmp_path / STATE_FILE).write_text(content)
-    with pytest.raises(ValueError, match=rf"{STATE_FILE} is damaged .* Resume from an earlier checkpoint, or delete"):
-        read_state(tmp_path)
-
-
-def test_a_write_that_breaks_off_leaves_the_old_file(tmp_path):
-    write_state(tmp_path, make(init=1.0).state_dict())
-    with pytest.raises(TypeError):
-        write_state(tmp_path, {"entropy_threshold": object()})
-    assert read_state(tmp_path)["entropy_threshold"] == 1.0

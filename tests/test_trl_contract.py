@@ -40,8 +40,11 @@ def test_the_hook_that_is_bound_by_name():
 
 def test_every_override_exists_in_trl():
     """A hook that TRL renames would be a method that nobody calls."""
-    own = {"_set_up_guidance", "_initial_policy", "_sum_over_processes", "_plan_batch", "_guidance_coef", "_sample_guided",
-           "_log_guided_column", "_apply_guidance", "_log_batch"}  # fmt: skip
+    own = {"_needs_expert", "_check_policy", "_set_up_expert", "_set_up_guidance", "_set_up_injection", "_render", "_initial_policy",
+           "_sum_over_processes", "_plan_batch", "_entropy_threshold", "_guidance_coef", "_sample_guided", "_inject",
+           "_score_completions", "_decode", "_policy_logps", "_log_last_injected", "_behaviour_logps", "_log_columns",
+           "_rewards_by_group", "_was_guided", "_apply_guidance", "_label_rows", "_bind_to_policy", "_log_batch",
+           "_rollout_metrics", "_injection_metrics"}  # fmt: skip
     ours = {name for name, value in vars(SelectiveGuidanceGRPOTrainer).items() if inspect.isfunction(value)} - own
     assert not {name for name in ours if not hasattr(GRPOTrainer, name)}
     assert not {name for name in own if hasattr(GRPOTrainer, name)}  # and ours must not shadow one of theirs

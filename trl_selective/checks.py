@@ -32,20 +32,38 @@ NEUTRAL: dict[str, Any] = {
 }
 
 
-def check_arguments(arguments: dict[str, Any], expert_model: Any) -> None:
+def check_arguments(arguments: dict[str, Any], setting: str) -> None:
     """Refuse trainer arguments with which nothing can be guided.
 
     Args:
         arguments: of the trainer's constructor, by name.
-        expert_model: the expert as given there or in the config.
+        setting: what asks for guidance, for the message.
 
     Raises:
-        ValueError: if there is no expert, if it shares parameters with the policy, or if something else than the trainer generates.
+        ValueError: if something else than the trainer generates.
+    """
+    for name in ("tools", "rollout_func", "environment_factory"):
+        if arguments.get(name):
+            raise ValueError(
+                f"`{name}` cannot be combined with {setting} > 0: guided rollouts and expert completions are single answers, with which the "
+                f"trainer fills a group itself. Drop `{name}` or set {setting}=0."
+            )
+
+
+def check_expert_argument(arguments: dict[str, Any], expert_model: Any, need: str, way_out: str) -> None:
+    """Refuse an expert that is missing, no model, or the policy itself.
+
+    Args:
+        arguments: of the trainer's constructor, by name.
+        expert_model: the expert as given there or in the config.
+        need, way_out: the setting that needs an expert, and how to do without, for the message.
+
+    Raises:
+        ValueError: if there is no expert, or if it shares parameters with the policy.
     """
     if expert_model is None or expert_model == "":
         raise ValueError(
-            "num_guided_generations > 0 needs an expert, got none. Pass `expert_model` to the trainer or set `expert_model_name_or_path`, "
-            "or set num_guided_generations=0 for plain GRPO."
+            f"{need} needs an expert, got none. Pass `expert_model` to the trainer or set `expert_model_name_or_path`, or {way_out}."
         )
     if not isinstance(expert_model, (str, os.PathLike, nn.Module)):
         raise ValueError(
@@ -57,12 +75,21 @@ def check_arguments(arguments: dict[str, Any], expert_model: Any) -> None:
             "expert_model shares parameters with the model that is trained, which freezing it would stop. Load it a second time, or pass its "
             "path."
         )
-    for name in ("tools", "rollout_func", "environment_factory"):
-        if arguments.get(name):
-            raise ValueError(
-                f"`{name}` cannot be combined with num_guided_generations > 0: guided rollouts are single completions drawn by the "
-                f"trainer itself. Drop `{name}` or set num_guided_generations=0."
-            )
+
+
+def check_columns(dataset: Any, columns: list[str]) -> None:
+    """Refuse a dataset that lacks a column of expert completions. One that does not say what it has is left to the first batch.
+
+    Raises:
+        ValueError: naming the column.
+    """
+    there = getattr(dataset, "column_names", None)
+    missing = [name for name in columns if name not in there] if there else []
+    if missing:
+        raise ValueError(
+            f"train_dataset has no column {missing[0]!r}, only {there}. Name the column that holds expert completions, their log-probabilities "
+            "or sources in expert_completions_column, expert_logprobs_column or expert_sources_column, or set num_injected_completions=0."
+        )
 
 
 def check_generation_config(generation_config: GenerationConfig | None) -> None:

@@ -9,14 +9,20 @@ from typing import Any
 
 from trl import GRPOConfig
 
+from trl_selective.experts.completions import OVERLONG
 from trl_selective.functional.schedules import Schedule, constant, cosine, join, linear
+from trl_selective.injection import REPLACEABLE
 from trl_selective.presets import PRESETS
 from trl_selective.sampling import WEIGHTINGS
+from trl_selective.selection import SELECTORS, make_selector, make_trigger
 
 SCHEDULES = ("cosine", "linear", "constant")
 CORRECTIONS = ("none", "token_truncate", "token_mask", "sequence_truncate", "sequence_mask")
 SAMPLERS = ("auto", "speculative", "stepwise")
 MIXTURE_POLICIES = ("current", "initial")
+INJECTION_ADVANTAGES = ("positive_excess", "group")
+INJECTION_CORRECTIONS = ("policy_shaping", "sequence_policy_shaping", "truncated", "sequence_truncated", "none")
+TRUNCATED = ("truncated", "sequence_truncated")  # those that need the expert's log-probabilities
 
 # Every guidance field is None until it is set by the user, then by the preset, then from here. A field that stays None says so in its help.
 DEFAULTS: dict[str, Any] = {
@@ -34,6 +40,18 @@ DEFAULTS: dict[str, Any] = {
     "first_token_from_expert": False,
     "guided_sampler": "auto",
     "max_draft_length": 16,
+    "num_injected_completions": 0,
+    "expert_completions_column": "expert_completions",
+    "overlong_expert_completions": "drop",
+    "injection_trigger": "group_failed",
+    "injection_threshold": 0.0,
+    "injection_probability": 1.0,
+    "injection_probability_schedule": "constant",
+    "injection_selector": "random",
+    "injection_replaces": "worst",
+    "injection_advantage": "positive_excess",
+    "injection_correction": "policy_shaping",
+    "shaping_gamma": 0.1,
 }
 
 
@@ -46,9 +64,18 @@ AT_LEAST = {
     "entropy_threshold_init": 0,
     "draft_length": 1,
     "max_draft_length": 1,
+    "num_injected_completions": 0,
+    "max_injected_per_batch": 1,
 }
-POSITIVE = ("reward_range", "importance_ratio_max")
-WHOLE = ("num_guided_generations", "draft_length", "max_draft_length")
+FRACTIONS = ("guidance_weight_max", "injection_probability")
+POSITIVE = ("reward_range", "importance_ratio_max", "shaping_gamma")
+WHOLE = (
+    "num_guided_generations",
+    "draft_length",
+    "max_draft_length",
+    "num_injected_completions",
+    "max_injected_per_batch",
+)
 MAY_BE_INFINITE = ("guidance_steps", "importance_ratio_max")
 
 
@@ -69,7 +96,8 @@ class SelectiveGuidanceGRPOConfig(GRPOConfig):
 
         preset (`str`, *optional*):
             Fills the parameters below that are left unset: `"mentor"` (arXiv:2510.04140), `"mentor_corrected"` (with importance weights
-            bounded by `guidance_weight_max`), or `"mentor_as_released"` (as its published code differs from the paper).
+            bounded by `guidance_weight_max`), `"mentor_as_released"` (as its published code differs from the paper), `"luffy"`
+            (arXiv:2504.14945), or `"selective"` (expert completions for groups that failed).
         num_guided_generations (`int`, *optional*, defaults to `0`):
             How many of the `num_generations` rollouts of each prompt are drawn from the mixture of policy and expert. They are the last
             ones of the group. At least 2 must stay on-policy.
@@ -128,6 +156,50 @@ class SelectiveGuidanceGRPOConfig(GRPOConfig):
             far; set it where two runs must agree to the last bit.
         max_draft_length (`int`, *optional*, defaults to `16`):
             Upper bound of a chosen draft length.
+
+        > Parameters that control expert completions from the dataset: whether, which, how many
+
+        num_injected_completions (`int`, *optional*, defaults to `0`):
+            How many rollouts of a group at most are replaced by whole expert completions. At least 2 rows of a group stay on-policy.
+        max_injected_per_batch (`int`, *optional*):
+            The same for all groups of a generation batch together, over all processes. The groups with the lowest mean reward come first.
+        expert_completions_column (`str`, *optional*, defaults to `"expert_completions"`):
+            Column with the completions of a prompt: a list of texts, or of conversations of one assistant message; may be empty.
+        expert_logprobs_column (`str`, *optional*):
+            Column with their log-probabilities under the expert, one list per completion, one number per token of the policy's tokenizer.
+        expert_sources_column (`str`, *optional*):
+            Column with the name of the expert that wrote each of them.
+        overlong_expert_completions (`str`, *optional*, defaults to `"drop"`):
+            What becomes of those longer than `max_completion_length`: `"drop"` or `"truncate"`.
+        injection_trigger (`str`, *optional*, defaults to `"group_failed"`):
+            Which groups get any: `"always"`, `"group_failed"` (none of its own rollouts is correct), `"zero_variance"` (all have the same
+            reward), `"below"` (their mean reward is at most `injection_threshold`), `"with_probability"`, or several of these joined by
+            `&` and `|`.
+        injection_threshold (`float`, *optional*, defaults to `0.0`):
+            Mean reward up to which the trigger `"below"` fires.
+        injection_probability (`float`, *optional*, defaults to `1.0`):
+            Probability with which the trigger `"with_probability"` fires for a group, at step 0.
+        injection_probability_schedule (`str`, *optional*, defaults to `"constant"`):
+            How that probability falls to 0 over `guidance_steps`: `"cosine"`, `"linear"`, or `"constant"` (at once, at the end).
+        injection_selector (`str`, *optional*, defaults to `"random"`):
+            Which completions a group gets: `"first"`, `"random"`, `"shortest"`, `"learnable"` (the policy finds it most likely), `"novel"`
+            (overlaps least with the group and with what was injected before), `"diverse"` (makes the group most diverse), `"reward_gain"`
+            (the best reward, if better than the group's), `"learned"` (learns what raises success rates), or several of these: `a & b`
+            wants both, `a | b` takes b where a refuses all.
+        injection_replaces (`str`, *optional*, defaults to `"worst"`):
+            Whose place is taken: the rollout with the lowest reward, or the `"last"` of the group, whatever its reward.
+
+        > Parameters that control how strongly expert completions count
+
+        injection_advantage (`str`, *optional*, defaults to `"positive_excess"`):
+            `"positive_excess"`, Eq. 11 with the same alpha: a completion counts by what it is better than the group's own rollouts, and one
+            that is not stays out. `"group"`: inside the group's baseline, as in LUFFY, also if it is wrong.
+        injection_correction (`str`, *optional*, defaults to `"policy_shaping"`):
+            Weight of injected tokens, from the current policy's probabilities in each iteration: `"policy_shaping"` (LUFFY),
+            `"truncated"` (pi_theta / pi_b up to `importance_ratio_max`), the same for whole completions (`"sequence_policy_shaping"`,
+            `"sequence_truncated"`), or `"none"`.
+        shaping_gamma (`float`, *optional*, defaults to `0.1`):
+            gamma of policy shaping: the probability at which a token's weight is largest.
     """
 
     _VALID_DICT_FIELDS = [*GRPOConfig._VALID_DICT_FIELDS, "expert_model_init_kwargs"]
@@ -180,13 +252,53 @@ class SelectiveGuidanceGRPOConfig(GRPOConfig):
     )
     max_draft_length: int | None = _option("Upper bound of a chosen draft length (default 16).")
 
+    num_injected_completions: int | None = _option(
+        "Rollouts of a group that expert completions may replace (default 0)."
+    )
+    max_injected_per_batch: int | None = _option(
+        "Rollouts of a generation batch that they may replace; unset: any number."
+    )
+    expert_completions_column: str | None = _option(
+        "Column with the expert completions of a prompt (default expert_completions)."
+    )
+    expert_logprobs_column: str | None = _option("Column with their log-probabilities under the expert.")
+    expert_sources_column: str | None = _option("Column with the names of the experts that wrote them.")
+    overlong_expert_completions: str | None = _option(
+        "What becomes of those longer than max_completion_length (default drop).", choices=OVERLONG
+    )
+    injection_trigger: str | None = _option(
+        "Which groups get any: always, group_failed, zero_variance, below, with_probability, joined by & and | (default group_failed)."
+    )
+    injection_threshold: float | None = _option("Mean reward up to which the trigger below fires (default 0.0).")
+    injection_probability: float | None = _option(
+        "Probability of the trigger with_probability at step 0 (default 1.0)."
+    )
+    injection_probability_schedule: str | None = _option(
+        "How it falls to 0 over guidance_steps (default constant).", choices=SCHEDULES
+    )
+    injection_selector: str | None = _option(
+        f"Which completions a group gets: {', '.join(SELECTORS)}, joined by & and | (default random)."
+    )
+    injection_replaces: str | None = _option("Whose place in the group is taken (default worst).", choices=REPLACEABLE)
+    injection_advantage: str | None = _option(
+        "How injected completions are compared with the group (default positive_excess).", choices=INJECTION_ADVANTAGES
+    )
+    injection_correction: str | None = _option(
+        "Importance weight of injected tokens (default policy_shaping).", choices=INJECTION_CORRECTIONS
+    )
+    shaping_gamma: float | None = _option("gamma of policy shaping, a probability (default 0.1).")
+
     def __post_init__(self):
         explicit = self._fill_unset()
         self._check_values()
         super().__post_init__()
-        if self.num_guided_generations > 0:
+        if self.num_guided_generations or self.num_injected_completions:
             self._check_groups()
             self._check_combinations()
+        if self.num_guided_generations:
+            self._check_guided()
+        if self.num_injected_completions:
+            self._check_injection()
         self._warn_without_effect(explicit)
 
     def _fill_unset(self) -> set[str]:
@@ -207,6 +319,11 @@ class SelectiveGuidanceGRPOConfig(GRPOConfig):
             "guided_importance_correction": CORRECTIONS,
             "guided_sampler": SAMPLERS,
             "mixture_policy": MIXTURE_POLICIES,
+            "overlong_expert_completions": OVERLONG,
+            "injection_probability_schedule": SCHEDULES,
+            "injection_replaces": REPLACEABLE,
+            "injection_advantage": INJECTION_ADVANTAGES,
+            "injection_correction": INJECTION_CORRECTIONS,
         }
         for name, allowed in choices.items():
             if getattr(self, name) not in allowed:
@@ -217,10 +334,14 @@ class SelectiveGuidanceGRPOConfig(GRPOConfig):
                 * (1 < self.entropy_quantile <= 100)
             )
             raise ValueError(f"entropy_quantile must lie in [0, 1], got {self.entropy_quantile:g}.{hint}")
-        if not 0 <= self.guidance_weight_max <= 1:
-            raise ValueError(
-                f"guidance_weight_max must lie in [0, 1], got {self.guidance_weight_max:g}: it bounds the expert's share."
-            )
+        for name in FRACTIONS:
+            if not 0 <= getattr(self, name) <= 1:
+                raise ValueError(f"{name} must lie in [0, 1], got {getattr(self, name):g}: it is a share.")
+        for name in ("injection_trigger", "injection_selector", "expert_completions_column"):
+            if not isinstance(getattr(self, name), str):
+                raise ValueError(f"{name} must be a name, got {getattr(self, name)!r}. Objects go to the trainer.")
+        make_trigger(self.injection_trigger, self.injection_threshold, self.injection_probability)
+        make_selector(self.injection_selector)
         for name, bound in AT_LEAST.items():
             value = getattr(self, name)
             if value is not None and not value >= bound:
@@ -231,7 +352,7 @@ class SelectiveGuidanceGRPOConfig(GRPOConfig):
                 raise ValueError(f"{name} must be positive, got {value:g}.")
 
     def _check_numbers(self) -> None:
-        for name in ("entropy_quantile", "guidance_weight_max", *AT_LEAST, *POSITIVE):
+        for name in ("entropy_quantile", "injection_threshold", *FRACTIONS, *AT_LEAST, *POSITIVE):
             value = getattr(self, name)
             if value is None:
                 continue
@@ -242,10 +363,15 @@ class SelectiveGuidanceGRPOConfig(GRPOConfig):
                 raise ValueError(f"{name} must be finite, got {value}.")
 
     def _check_groups(self) -> None:
-        on_policy = self.num_generations - self.num_guided_generations
+        on_policy = self.num_generations - self.num_guided_generations - self.num_injected_completions
         if on_policy < 2:
+            taken = " and ".join(
+                f"{name}={getattr(self, name)}"
+                for name in ("num_guided_generations", "num_injected_completions")
+                if getattr(self, name)
+            )
             raise ValueError(
-                f"num_guided_generations={self.num_guided_generations} of num_generations={self.num_generations} leaves {on_policy} on-policy "
+                f"{taken} of num_generations={self.num_generations} leaves {on_policy} on-policy "
                 "rollouts per prompt, but their mean and standard deviation are the baseline: at least 2 are needed. Guide fewer rollouts or "
                 "raise num_generations."
             )
@@ -258,6 +384,15 @@ class SelectiveGuidanceGRPOConfig(GRPOConfig):
             )
 
     def _check_combinations(self) -> None:
+        if self.multi_objective_aggregation != "sum_then_normalize":
+            raise ValueError(
+                f"multi_objective_aggregation={self.multi_objective_aggregation!r} normalises each reward over all rollouts, which has no "
+                "counterpart for guided ones. Use 'sum_then_normalize'."
+            )
+        if self.max_completion_length is None:
+            raise ValueError("Guidance needs a bound on lengths, got max_completion_length=None. Set it.")
+
+    def _check_guided(self) -> None:
         truncating = {
             "top_p": self.top_p not in (None, 1.0),
             "top_k": bool(self.top_k) and self.top_k > 0,
@@ -279,13 +414,6 @@ class SelectiveGuidanceGRPOConfig(GRPOConfig):
                 "use_vllm=True cannot be combined with num_guided_generations > 0 yet. Set use_vllm=False: rollouts are then generated with "
                 "transformers."
             )
-        if self.max_completion_length is None:
-            raise ValueError("Guided rollouts need a bound on their length, got max_completion_length=None. Set it.")
-        if self.multi_objective_aggregation != "sum_then_normalize":
-            raise ValueError(
-                f"multi_objective_aggregation={self.multi_objective_aggregation!r} normalises each reward over all rollouts, which has no "
-                "counterpart for guided ones. Use 'sum_then_normalize'."
-            )
         if self.importance_sampling_level == "sequence" and self.guided_importance_correction.startswith("token"):
             raise ValueError(
                 f"importance_sampling_level='sequence' has one ratio per completion, but guided_importance_correction="
@@ -298,12 +426,33 @@ class SelectiveGuidanceGRPOConfig(GRPOConfig):
                 "mixture_policy='initial' the sampler sees only those of the initial one. Use mixture_policy='current' or 'none'."
             )
 
+    def _check_injection(self) -> None:
+        if self.importance_sampling_level == "sequence" and self.injection_correction in (
+            "policy_shaping",
+            "truncated",
+        ):
+            raise ValueError(
+                f"importance_sampling_level='sequence' has one ratio per completion, but injection_correction={self.injection_correction!r} "
+                f"weighs single tokens. Use 'sequence_{self.injection_correction}' or 'none', or importance_sampling_level='token'."
+            )
+        if self.remove_unused_columns:
+            raise ValueError(
+                f"remove_unused_columns=True drops the column {self.expert_completions_column!r}. Set it to False, TRL's default."
+            )
+
     def _warn_without_effect(self, explicit: set[str]) -> None:
         """A setting without effect in the chosen mode is named once. One that says the default anyway is not worth a word."""
         explicit = {name for name in explicit if getattr(self, name) != DEFAULTS.get(name)}
+        guided, injected = self.num_guided_generations > 0, self.num_injected_completions > 0
+        shared = {"guidance_coef", "guidance_schedule", "guidance_steps", "reward_range", "importance_ratio_max"}
         idle = {
-            "num_guided_generations=0": self.num_guided_generations == 0
-            and GUIDANCE_FIELDS - {"num_guided_generations"},
+            "num_guided_generations=0": not guided
+            and not injected
+            and GUIDANCE_FIELDS - INJECTION_FIELDS - {"num_guided_generations"},
+            "num_guided_generations=0 (injection does not use it)": injected
+            and not guided
+            and GUIDANCE_FIELDS - INJECTION_FIELDS - EXPERT_FIELDS - shared - {"num_guided_generations"},
+            "num_injected_completions=0": not injected and INJECTION_FIELDS - {"num_injected_completions"},
             f"guidance_coef={self.guidance_coef:g} and guidance_steps={self.guidance_steps:g}, where alpha is 0 at every step": not (
                 self.guidance_coef_schedule(self.max_steps if self.max_steps > 0 else sys.maxsize)(0)
             )
@@ -311,9 +460,16 @@ class SelectiveGuidanceGRPOConfig(GRPOConfig):
             "guidance_weighting='constant'": self.guidance_weighting == "constant"
             and {"entropy_quantile", "entropy_threshold_init", "entropy_threshold_floor"},
             "guided_importance_correction='none'": self.guided_importance_correction == "none"
+            and not (injected and self.injection_correction in TRUNCATED)
             and {"importance_ratio_max"},
             "guided_sampler='stepwise'": self.guided_sampler == "stepwise" and {"draft_length", "max_draft_length"},
             f"draft_length={self.draft_length}": self.draft_length is not None and {"max_draft_length"},
+            f"injection_correction={self.injection_correction!r}": "policy_shaping" not in self.injection_correction
+            and {"shaping_gamma"},
+            f"injection_trigger={self.injection_trigger!r}": {
+                *({"injection_threshold"} if "below" not in self.injection_trigger else ()),
+                *(PROBABILITY_FIELDS if "with_probability" not in self.injection_trigger else ()),
+            },
         }
         for reason, names in idle.items():
             if names and (without_effect := sorted(explicit & names)):
@@ -322,12 +478,26 @@ class SelectiveGuidanceGRPOConfig(GRPOConfig):
 
     def guidance_coef_schedule(self, max_steps: int) -> Schedule:
         """alpha as a function of the optimizer step, for a run of `max_steps` steps."""
+        return self._fall(self.guidance_schedule, self.guidance_coef, max_steps)
+
+    def injection_probability_by_step(self, max_steps: int) -> Schedule:
+        """The probability of the trigger `with_probability` as a function of the optimizer step, for a run of `max_steps` steps."""
+        return self._fall(self.injection_probability_schedule, self.injection_probability, max_steps)
+
+    def _fall(self, schedule: str, start: float, max_steps: int) -> Schedule:
+        """From `start` to 0 over `guidance_steps`."""
         steps = self.guidance_steps * max_steps if self.guidance_steps < 1 else self.guidance_steps
         steps = round(steps) if math.isfinite(steps) else steps
-        if self.guidance_schedule == "constant":
-            return join([constant(self.guidance_coef), constant(0.0)], boundaries=[steps])
-        anneal = {"cosine": cosine, "linear": linear}[self.guidance_schedule]
-        return anneal(self.guidance_coef, 0.0, steps)
+        if schedule == "constant":
+            return join([constant(start), constant(0.0)], boundaries=[steps])
+        return {"cosine": cosine, "linear": linear}[schedule](start, 0.0, steps)
 
 
 GUIDANCE_FIELDS = frozenset(SelectiveGuidanceGRPOConfig.__annotations__) - {"preset"}
+EXPERT_FIELDS = frozenset(name for name in GUIDANCE_FIELDS if name.startswith("expert_model"))
+PROBABILITY_FIELDS = frozenset({"injection_probability", "injection_probability_schedule"})
+INJECTION_FIELDS = (
+    frozenset(name for name in GUIDANCE_FIELDS if name.startswith("injection_"))
+    | {"num_injected_completions", "max_injected_per_batch", "expert_completions_column", "expert_logprobs_column"}
+    | {"expert_sources_column", "overlong_expert_completions", "shaping_gamma"}
+)

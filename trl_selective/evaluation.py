@@ -1,7 +1,6 @@
 """What can a model do on problems it was not trained on? Unbiased pass@k, and how many different right answers it finds."""
 
 from collections.abc import Callable, Hashable, Sequence
-from contextlib import contextmanager
 from dataclasses import dataclass, field
 
 import torch
@@ -10,9 +9,11 @@ from jaxtyping import Float
 from peft import PeftModel
 from torch import Tensor
 from tqdm.auto import tqdm
-from transformers import GenerationConfig, PreTrainedModel, PreTrainedTokenizerBase
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from trl_selective.functional.diversity import pass_at_k
+from trl_selective.grading import grade
+from trl_selective.sampling.unguided import encode_prompt, end_token_ids, sample_completions
 
 
 @dataclass(frozen=True)
@@ -63,7 +64,7 @@ def evaluate(
         model: a causal language model.
         processing_class: its tokenizer; with a chat template if prompts are conversations.
         dataset: a column `prompt` (texts or conversations), and whatever `reward_func` asks for.
-        reward_func: called as TRL calls it: `reward_func(prompts=..., completions=..., **columns)`.
+        reward_func: called as TRL calls it: `reward_func(prompts=..., completions=..., completion_ids=..., **columns)`.
         num_samples: completions per problem.
         ks: the k of pass@k, each at most `num_samples`.
         max_completion_length: tokens.
@@ -99,9 +100,17 @@ def evaluate(
             torch.manual_seed(seed)
             for start in tqdm(range(0, len(rows), batch_size), desc=description):
                 batch = rows[start : start + batch_size]
-                texts = _sample(model, processing_class, batch["prompt"], max_completion_length, temperature)
+                token_ids = sample_completions(
+                    model,
+                    [encode_prompt(processing_class, prompt) for prompt in batch["prompt"]],
+                    max_completion_length=max_completion_length,
+                    eos_token_ids=end_token_ids(model, processing_class),
+                    pad_token_id=processing_class.pad_token_id,
+                    temperature=temperature,
+                )
+                texts = processing_class.batch_decode(token_ids, skip_special_tokens=True)
                 completions += texts
-                rewards += _grade(reward_func, batch, texts)
+                rewards += grade(reward_func, batch, texts, token_ids)
     finally:
         for module, mode in was_training.items():
             module.training = mode
@@ -129,55 +138,3 @@ def _standard_error(values: Float[Tensor, "problems"]) -> float:
     """Of the mean of `values`."""
     num = len(values)
     return ((values - values.mean()).square().sum() / (num * (num - 1))).sqrt().item()
-
-
-@torch.no_grad()
-def _sample(model, processing_class, prompts: list, max_completion_length: int, temperature: float) -> list[str]:
-    """One completion for each prompt, from the model's full distribution at `temperature`, whatever its generation config says."""
-    is_chat = not isinstance(prompts[0], str)
-    if is_chat:
-        prompts = [
-            processing_class.apply_chat_template(p, tokenize=False, add_generation_prompt=True) for p in prompts
-        ]
-    inputs = processing_class(
-        prompts,
-        padding=True,
-        padding_side="left",
-        add_special_tokens=not is_chat,
-        return_token_type_ids=False,
-        return_tensors="pt",
-    ).to(model.device)
-    ends = model.generation_config.eos_token_id
-    settings = GenerationConfig(
-        do_sample=True,
-        temperature=temperature,
-        top_k=0,
-        top_p=1.0,
-        max_new_tokens=max_completion_length,
-        eos_token_id=sorted({*(ends if isinstance(ends, list) else [ends]), processing_class.eos_token_id} - {None}),
-        pad_token_id=processing_class.pad_token_id,
-    )
-    with _replaced_generation_config(model, settings):
-        output = model.generate(**inputs)
-    return processing_class.batch_decode(output[:, inputs.input_ids.shape[1] :], skip_special_tokens=True)
-
-
-@contextmanager
-def _replaced_generation_config(model, settings: GenerationConfig):
-    """`generate` fills what it is not told from the model's own config: hand it one with nothing else in it."""
-    own = [(each, each.generation_config) for each in {model, getattr(model, "get_base_model", lambda: model)()}]
-    try:
-        for each, _ in own:
-            each.generation_config = settings
-        yield
-    finally:
-        for each, generation_config in own:
-            each.generation_config = generation_config
-
-
-def _grade(reward_func: Callable, batch: dict, texts: list[str]) -> list[float | None]:
-    """Rewards of `texts`, which answer the prompts of `batch`, in the form in which TRL shows them to the function."""
-    is_chat = not isinstance(batch["prompt"][0], str)
-    completions = [[{"role": "assistant", "content": text}] for text in texts] if is_chat else texts
-    columns = {name: values for name, values in batch.items() if name not in ("prompt", "completion")}
-    return reward_func(prompts=batch["prompt"], completions=completions, **columns)

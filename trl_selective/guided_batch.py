@@ -7,6 +7,7 @@ from jaxtyping import Float
 from torch import Tensor
 
 from trl_selective.functional.importance import guided_importance_weight
+from trl_selective.injection import Choice, Injection
 from trl_selective.rollout import GuidedRollout
 
 
@@ -16,23 +17,29 @@ class GuidedBatch:
 
     Attributes:
         coef: alpha of this batch.
-        entropy_threshold: gamma_p of this batch, nats.
+        entropy_threshold: gamma_p of this batch, nats; None if no row is guided.
         num_generations: rows of a group.
         num_guided: of these, the last ones, are guided.
         num_rows: of this process; whole groups.
         completion_ids: of all rows, once they are generated.
         rollout: the record of the guided rows, in order.
-        rewards_per_func: (rows of all processes, functions), NaN where a function returned None.
+        sampled_rewards_per_func: (rows of all processes, functions), NaN where a function returned None.
+        rewards_per_func: the same, with those of injected completions in their places.
+        rows: dataset rows of this process.
+        injection: what was injected, once it is decided.
     """
 
     coef: float
-    entropy_threshold: float
+    entropy_threshold: float | None
     num_generations: int
     num_guided: int
     num_rows: int
     completion_ids: list[list[int]] = field(default_factory=list)
     rollout: GuidedRollout | None = None
+    sampled_rewards_per_func: Tensor | None = None
     rewards_per_func: Tensor | None = None
+    rows: list[dict] = field(default_factory=list)
+    injection: Injection | None = None
 
     def __post_init__(self):
         assert self.num_rows % self.num_generations == 0, "a group is split over processes"
@@ -59,8 +66,16 @@ class GuidedBatch:
 
     def expert_drawn_shares(self) -> list[float]:
         """Share of the tokens of each row that the expert drew."""
+        if self.rollout is None:
+            return [0.0] * self.num_rows
         guided = [sum(row) / len(row) for row in self.rollout.expert_drawn]
         return self.merge([0.0] * (self.num_rows - len(guided)), guided)
+
+    def injected(self, process_index: int) -> dict[int, Choice]:
+        """What is injected into rows of this process, by row."""
+        first = process_index * self.num_rows
+        choices = self.injection.injected if self.injection else []
+        return {choice.row - first: choice for choice in choices if first <= choice.row < first + self.num_rows}
 
     def importance_weights(self, seq: int, correction: str, max_ratio: float) -> Float[Tensor, "rows #{seq}"]:
         """Weights under `correction` of all rows, one per token of `seq` or one per row; 1 for what is not guided."""

@@ -27,4 +27,32 @@ PRESETS = {
         "first_token_from_expert": True,
         "reward_range": 1.0,
     },
+    # LUFFY (arXiv:2504.14945): one expert trajectory in each group of 8, policy shaping with gamma = 0.1, inside the group's baseline, for
+    # the whole of training. Its loss is GRPO's without division by lengths and standard deviations: loss_type="dr_grpo", scale_rewards="none".
+    "luffy": {
+        "num_injected_completions": 1,
+        "injection_trigger": "always",
+        "injection_selector": "first",
+        "injection_replaces": "last",
+        "injection_advantage": "group",
+        "injection_correction": "policy_shaping",
+        "shaping_gamma": 0.1,
+        "guidance_coef": 1.0,
+        "guidance_schedule": "constant",
+        "guidance_steps": float("inf"),
+    },
+    # Ours: an expert completion only where the group found nothing right, the one that is nearest to what the policy can do, counted by what
+    # it is better than the group, less and less.
+    "selective": {
+        "num_injected_completions": 1,
+        "injection_trigger": "group_failed",
+        "injection_selector": "learnable",
+        "injection_replaces": "worst",
+        "injection_advantage": "positive_excess",
+        "injection_correction": "policy_shaping",
+        "shaping_gamma": 0.1,
+        "guidance_coef": 1.0,
+        "guidance_schedule": "cosine",
+        "guidance_steps": 0.6,
+    },
 }

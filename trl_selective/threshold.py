@@ -1,15 +1,10 @@
 """gamma_p while training (arXiv:2510.04140, section 3): measured on one batch, used for the next, equal on all processes, kept in checkpoints."""
 
-import json
-import os
 from collections.abc import Callable
-from pathlib import Path
 
 from torch import Tensor
 
 from trl_selective.functional.thresholds import NUM_BINS, EntropyHistogram
-
-STATE_FILE = "guidance_state.json"
 
 
 class EntropyThreshold:
@@ -62,41 +57,17 @@ class EntropyThreshold:
         }
 
     def load_state_dict(self, state: dict, *, is_main_process: bool) -> None:
-        """Continue from `state_dict()`. The main process alone takes over the counts, which are those of all."""
-        self.value = state["entropy_threshold"]
-        self.histogram = EntropyHistogram(self.vocab_size)
-        if is_main_process:
-            for index, count in state["entropy_counts"].items():
-                self.histogram.counts[int(index)] = count
+        """Continue from `state_dict()`. The main process alone takes over the counts, which are those of all.
 
-
-def write_state(folder: Path, state: dict) -> None:
-    """Write `state` into a checkpoint, whole or not at all."""
-    partial = folder / f"{STATE_FILE}.partial"
-    partial.write_text(json.dumps(state))
-    os.replace(partial, folder / STATE_FILE)
-
-
-def read_state(folder: Path) -> dict | None:
-    """The state in a checkpoint, or None if it was written without guidance.
-
-    Raises:
-        ValueError: if the file is damaged.
-    """
-    path = folder / STATE_FILE
-    if not path.exists():
-        return None
-    try:
-        state = json.loads(path.read_text())
-        threshold = state["entropy_threshold"]
+        Raises:
+            ValueError: if a count is out of range.
+        """
+        value = state["entropy_threshold"]
         counts = {int(index): int(count) for index, count in state["entropy_counts"].items()}
         if not all(0 <= index < NUM_BINS and count >= 0 for index, count in counts.items()):
             raise ValueError("counts out of range")
-        return {
-            "entropy_threshold": None if threshold is None else float(threshold),
-            "entropy_counts": counts,
-        }
-    except (AttributeError, KeyError, TypeError, ValueError) as error:
-        raise ValueError(
-            f"{path} is damaged ({error!r}). Resume from an earlier checkpoint, or delete this file to start with a fresh threshold."
-        ) from error
+        self.value = None if value is None else float(value)
+        self.histogram = EntropyHistogram(self.vocab_size)
+        if is_main_process:
+            for index, count in counts.items():
+                self.histogram.counts[index] = count

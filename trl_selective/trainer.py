@@ -7,22 +7,39 @@ Nothing of TRL is copied: every override does its part before or after `super()`
 import copy
 import inspect
 import textwrap
+import time
 import warnings
+from collections import defaultdict
+from functools import partial
 from pathlib import Path
 
 import torch
+from accelerate.utils import gather_object
+from datasets import Dataset
+from torch.nn.utils.rnn import pad_sequence
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from trl import GRPOConfig, GRPOTrainer
+from trl.chat_template_utils import parse_response
 from trl.models.utils import unwrap_model_for_generation
 
-from trl_selective.checks import check_arguments, check_generation_config
-from trl_selective.config import GUIDANCE_FIELDS, SelectiveGuidanceGRPOConfig
-from trl_selective.experts import check_expert, load_expert, load_expert_tokenizer
-from trl_selective.functional.advantages import guided_advantages, on_policy_advantages, reward_span, total_reward
+from trl_selective.checks import check_arguments, check_columns, check_expert_argument, check_generation_config
+from trl_selective.config import GUIDANCE_FIELDS, TRUNCATED, SelectiveGuidanceGRPOConfig
+from trl_selective.experts import (
+    CompletionReader,
+    check_expert,
+    completion_logps,
+    evaluation_mode,
+    load_expert,
+    load_expert_tokenizer,
+)
+from trl_selective.functional.advantages import mixed_group_advantages, reward_span, total_reward
+from trl_selective.functional.importance import injected_importance_weight
 from trl_selective.guided_batch import GuidedBatch
+from trl_selective.injection import Injection, Injector, SampledBatch
 from trl_selective.reporting.metrics import (
     importance_metrics,
     importance_ratio_p99,
+    injection_metrics,
     policy_metrics,
     reward_metrics,
     rollout_metrics,
@@ -30,15 +47,20 @@ from trl_selective.reporting.metrics import (
 )
 from trl_selective.rollout import GuidedRollout
 from trl_selective.sampling import make_sampler
-from trl_selective.threshold import STATE_FILE, EntropyThreshold, read_state, write_state
+from trl_selective.selection import Selector, Trigger, make_selector, make_trigger
+from trl_selective.state import STATE_FILE, saved_state, write_state
+from trl_selective.threshold import EntropyThreshold
 
 
 class SelectiveGuidanceGRPOTrainer(GRPOTrainer):
     """
-    GRPO in which an expert guides some rollouts of each prompt, token by token, where the policy is uncertain.
+    GRPO in which an expert steps in where it helps: it guides some rollouts of each prompt, token by token, where the policy is uncertain,
+    or gives whole completions to groups that need one; or both.
 
-    Implements mixed-policy rollouts and mixed-policy GRPO of MENTOR ([arXiv:2510.04140](https://huggingface.co/papers/2510.04140), Eq. 6-11).
-    With `num_guided_generations=0`, the default, it is [`~trl.GRPOTrainer`], bit for bit. Evaluation is never guided.
+    Implements mixed-policy rollouts and mixed-policy GRPO of MENTOR ([arXiv:2510.04140](https://huggingface.co/papers/2510.04140), Eq. 6-11),
+    and selective injection of expert completions from the dataset, of which LUFFY ([arXiv:2504.14945](https://huggingface.co/papers/2504.14945))
+    is a special case. With `num_guided_generations=0` and `num_injected_completions=0`, the defaults, it is [`~trl.GRPOTrainer`], bit for bit.
+    Evaluation is never guided.
 
     Args:
         model, reward_funcs, args, ...:
@@ -48,6 +70,10 @@ class SelectiveGuidanceGRPOTrainer(GRPOTrainer):
             The expert: Hub id, local path, or model (which is frozen in place). Defaults to `args.expert_model_name_or_path`.
         expert_processing_class ([`~transformers.PreTrainedTokenizerBase`], *optional*, keyword-only):
             The expert's tokenizer, only compared with the policy's. Defaults to the one beside the expert's weights.
+        injection_trigger ([`~trl_selective.selection.Trigger`], *optional*, keyword-only):
+            Which groups get expert completions. Defaults to what `args.injection_trigger` names.
+        injection_selector ([`~trl_selective.selection.Selector`], *optional*, keyword-only):
+            Which completions they get. Defaults to what `args.injection_selector` names.
 
     Raises:
         ValueError: before training, if the settings cannot work; the message says what to change.
@@ -91,6 +117,8 @@ class SelectiveGuidanceGRPOTrainer(GRPOTrainer):
         *trl_args,
         expert_model: str | PreTrainedModel | None = None,
         expert_processing_class: PreTrainedTokenizerBase | None = None,
+        injection_trigger: Trigger | None = None,
+        injection_selector: Selector | None = None,
         **trl_kwargs,
     ):
         if args is None:
@@ -98,43 +126,83 @@ class SelectiveGuidanceGRPOTrainer(GRPOTrainer):
             args = SelectiveGuidanceGRPOConfig(f"{name.split('/')[-1]}-GRPO")
         # A plain GRPOConfig has no guidance: a script that only swaps the trainer class runs unchanged.
         self.num_guided_generations = getattr(args, "num_guided_generations", 0)
+        self.num_injected_completions = getattr(args, "num_injected_completions", 0)
         if expert_model is None:
             expert_model = getattr(args, "expert_model_name_or_path", None)
-        if self.num_guided_generations:
-            bound = inspect.signature(GRPOTrainer.__init__).bind(
-                self, model, reward_funcs, args, *trl_args, **trl_kwargs
-            )
-            check_arguments(bound.arguments, expert_model)
-        elif expert_model is not None:
+        bound = inspect.signature(GRPOTrainer.__init__).bind(self, model, reward_funcs, args, *trl_args, **trl_kwargs)
+        for setting in ("num_guided_generations", "num_injected_completions"):
+            if getattr(self, setting):
+                check_arguments(bound.arguments, setting)
+        needs_expert = self._needs_expert(args, bound.arguments, expert_model)
+        if not self.num_injected_completions and (injection_trigger or injection_selector):
             warnings.warn(
-                "An expert is given, but without effect: num_guided_generations is 0. Set it in a SelectiveGuidanceGRPOConfig.",
+                "injection_trigger or injection_selector is given, but without effect: num_injected_completions is 0. Set it in a "
+                "SelectiveGuidanceGRPOConfig.",
                 stacklevel=2,
             )
 
         super().__init__(model, reward_funcs, args, *trl_args, **trl_kwargs)
 
         self._batch: GuidedBatch | None = None  # while a guided batch is generated and scored
-        self._on_policy_mask: torch.Tensor | None = None  # while the loss of a micro-batch is computed
-        self._on_policy_entropies: torch.Tensor | None = None  # their sum and number in that micro-batch
+        self._loss_inputs: dict | None = None  # while the loss of a micro-batch is computed
+        self._loss_sums: torch.Tensor | None = None  # what `_bind_to_policy` adds up in that micro-batch
+        self._last_injected: list[tuple] | None = None  # prompts and completions, until the policy was updated
+        if self.num_guided_generations or self.num_injected_completions:
+            self._check_policy()
+        if needs_expert:
+            self._set_up_expert(expert_model, expert_processing_class)
         if self.num_guided_generations:
-            self._set_up_guidance(expert_model, expert_processing_class)
+            self._set_up_guidance()
+        if self.num_injected_completions:
+            self._set_up_injection(injection_trigger, injection_selector)
+        if getattr(args, "preset", None) is not None:
+            settings = ", ".join(f"{name}={getattr(args, name)!r}" for name in sorted(GUIDANCE_FIELDS))
+            self.accelerator.print(f"preset {args.preset!r}: {settings}")
 
     # ---- Set-up ------------------------------------------------------------------------------------------------------------------------
 
-    def _set_up_guidance(self, expert_model, expert_processing_class) -> None:
-        args = self.args
+    def _needs_expert(self, args: GRPOConfig, arguments: dict, expert_model) -> bool:
+        """Whether an expert model has to be loaded. What is missing is refused; what has no use is named."""
+        if self.num_guided_generations:
+            check_expert_argument(
+                arguments,
+                expert_model,
+                "num_guided_generations > 0",
+                "set num_guided_generations=0 for plain GRPO",
+            )
+            return True
+        if self.num_injected_completions and args.injection_correction in TRUNCATED:
+            if expert_model is not None or args.expert_logprobs_column is None:
+                check_expert_argument(
+                    arguments,
+                    expert_model,
+                    f"injection_correction={args.injection_correction!r} without an expert_logprobs_column",
+                    "set expert_logprobs_column, or use 'policy_shaping'",
+                )
+            return expert_model is not None
+        if expert_model is not None:
+            warnings.warn(
+                "An expert is given, but without effect: num_guided_generations is 0. Set it in a SelectiveGuidanceGRPOConfig.",
+                stacklevel=3,
+            )
+        return False
+
+    def _check_policy(self) -> None:
+        setting = "num_guided_generations" if self.num_guided_generations else "num_injected_completions"
         if self._is_vlm:
             raise ValueError(
-                "num_guided_generations > 0 needs a text model, got a processor with images. Set it to 0 to train this model."
+                f"{setting} > 0 needs a text model, got a processor with images. Set it to 0 to train this model."
             )
         if self.is_fsdp_enabled or (
             self.is_deepspeed_enabled and self.accelerator.state.deepspeed_plugin.zero_stage == 3
         ):
             raise ValueError(
-                "num_guided_generations > 0 needs the whole policy on each process, got FSDP or DeepSpeed ZeRO-3, which shard it. Use DDP or "
+                f"{setting} > 0 needs the whole policy on each process, got FSDP or DeepSpeed ZeRO-3, which shard it. Use DDP or "
                 "ZeRO-2, or train an adapter (PEFT)."
             )
-        check_generation_config(self.model.generation_config)
+
+    def _set_up_expert(self, expert_model, expert_processing_class) -> None:
+        args = self.args
         source = {
             "revision": args.expert_model_revision,
             "init_kwargs": args.expert_model_init_kwargs,
@@ -142,6 +210,11 @@ class SelectiveGuidanceGRPOTrainer(GRPOTrainer):
         }
         self.expert_model = load_expert(expert_model, self.accelerator.device, **source)
         tokenizer = expert_processing_class or load_expert_tokenizer(self.expert_model, **source)
+        self._shared_vocab_size = check_expert(self.expert_model, tokenizer, self._tokenizer, self.eos_token_ids)
+
+    def _set_up_guidance(self) -> None:
+        args = self.args
+        check_generation_config(self.model.generation_config)
         self._sampler = make_sampler(
             args.guided_sampler,
             self._initial_policy() if args.mixture_policy == "initial" else self.model,
@@ -150,7 +223,7 @@ class SelectiveGuidanceGRPOTrainer(GRPOTrainer):
             max_draft_length=args.max_draft_length,
             weighting=args.guidance_weighting,
             max_weight=args.guidance_weight_max,
-            vocab_size=check_expert(self.expert_model, tokenizer, self._tokenizer, self.eos_token_ids),
+            vocab_size=self._shared_vocab_size,
             pad_token_id=self._tokenizer.pad_token_id,
             first_token_from_expert=args.first_token_from_expert,
         )
@@ -161,9 +234,49 @@ class SelectiveGuidanceGRPOTrainer(GRPOTrainer):
             floor=args.entropy_threshold_floor,
             sum_over_processes=self._sum_over_processes,
         )
-        if args.preset is not None:
-            settings = ", ".join(f"{name}={getattr(args, name)!r}" for name in sorted(GUIDANCE_FIELDS))
-            self.accelerator.print(f"preset {args.preset!r}: {settings}")
+
+    def _set_up_injection(self, trigger: Trigger | None, selector: Selector | None) -> None:
+        args = self.args
+        reader = CompletionReader(
+            self._tokenizer,
+            eos_token_ids=sorted(self.eos_token_ids, key=lambda token: token != self._tokenizer.eos_token_id),
+            max_completion_length=self.max_completion_length,
+            completions_column=args.expert_completions_column,
+            logprobs_column=args.expert_logprobs_column,
+            sources_column=args.expert_sources_column,
+            overlong=args.overlong_expert_completions,
+            needs_logprobs=args.injection_correction in TRUNCATED and not hasattr(self, "expert_model"),
+            render=self._render,
+        )
+        check_columns(self.train_dataset, reader.columns)
+        if isinstance(self.train_dataset, Dataset):
+            reader.check(self.train_dataset.select_columns(["prompt", *reader.columns]))
+
+        def probability(step: float) -> float:
+            return args.injection_probability_by_step(self.state.max_steps)(step)
+
+        self._injector = Injector(
+            reader,
+            trigger=trigger or make_trigger(args.injection_trigger, args.injection_threshold, probability),
+            selector=selector or make_selector(args.injection_selector),
+            per_group=self.num_injected_completions,
+            per_batch=args.max_injected_per_batch,
+            keep_failed=args.injection_advantage == "group",
+            replaces=args.injection_replaces,
+            reward_weights=self.reward_weights,
+            seed=args.seed,
+            gather=gather_object,
+        )
+
+    def _render(self, messages, add_generation_prompt: bool) -> str:
+        """A conversation as the policy is shown it."""
+        return self.processing_class.apply_chat_template(
+            messages,
+            chat_template=self.chat_template,
+            add_generation_prompt=add_generation_prompt,
+            tokenize=False,
+            **self.chat_template_kwargs,
+        )
 
     def _initial_policy(self) -> PreTrainedModel:
         """A frozen copy of the policy as it is now."""
@@ -178,7 +291,7 @@ class SelectiveGuidanceGRPOTrainer(GRPOTrainer):
     # ---- Rollouts ----------------------------------------------------------------------------------------------------------------------
 
     def _generate_and_score_completions(self, inputs):
-        self._batch = self._plan_batch(len(inputs))
+        self._batch = self._plan_batch(inputs)
         if self._batch is None:
             return super()._generate_and_score_completions(inputs)
         try:
@@ -187,34 +300,41 @@ class SelectiveGuidanceGRPOTrainer(GRPOTrainer):
         finally:
             self._batch = None
 
-    def _plan_batch(self, num_rows: int) -> GuidedBatch | None:
-        """Decide whether this batch is guided: in training, while alpha > 0, once there is a threshold."""
-        if not self.num_guided_generations or not self.model.training:
+    def _plan_batch(self, rows: list[dict]) -> GuidedBatch | None:
+        """Decide whether this batch is guided: in training, while alpha > 0, with guided rollouts once there is a threshold."""
+        if not (self.num_guided_generations or self.num_injected_completions) or not self.model.training:
             return None
         coef = self._guidance_coef()
         self._metrics["train"]["guidance/coef"].append(coef)
         if coef == 0:
             return None
+        threshold = self._entropy_threshold() if self.num_guided_generations else None
+        if threshold is None and not self.num_injected_completions:
+            return None
+        num_guided = 0 if threshold is None else self.num_guided_generations
+        return GuidedBatch(coef, threshold, self.num_generations, num_guided, len(rows), rows=rows)
+
+    def _entropy_threshold(self) -> float | None:
+        """gamma_p of this batch; None before the first measurement."""
         # A constant weight has no threshold.
         threshold = 0.0 if self.args.guidance_weighting == "constant" else self._threshold.measure()
-        if threshold is None:
-            if self.state.global_step > 0:
-                warnings.warn(
-                    "Guidance cannot start: no on-policy token was left to measure the entropy threshold on, since "
-                    "mask_truncated_completions masks completions that do not end. Set entropy_threshold_init, raise max_completion_length, "
-                    "or unset mask_truncated_completions.",
-                    stacklevel=2,
-                )
-            return None
-        self._metrics["train"]["guidance/entropy_threshold"].append(threshold)
-        return GuidedBatch(coef, threshold, self.num_generations, self.num_guided_generations, num_rows)
+        if threshold is not None:
+            self._metrics["train"]["guidance/entropy_threshold"].append(threshold)
+        elif self.state.global_step > 0:
+            warnings.warn(
+                "Guidance cannot start: no on-policy token was left to measure the entropy threshold on, since "
+                "mask_truncated_completions masks completions that do not end. Set entropy_threshold_init, raise max_completion_length, "
+                "or unset mask_truncated_completions.",
+                stacklevel=2,
+            )
+        return threshold
 
     def _guidance_coef(self) -> float:
         """alpha at this step."""
         return self.args.guidance_coef_schedule(self.state.max_steps)(self.state.global_step)
 
     def _generate_single_turn(self, *args, **kwargs):
-        if self._batch is None:
+        if self._batch is None or not self._batch.num_guided:
             return super()._generate_single_turn(*args, **kwargs)
         call = inspect.signature(super()._generate_single_turn).bind(*args, **kwargs)
         call.arguments["prompt_ids"], guided_prompt_ids = self._batch.split(call.arguments["prompt_ids"])
@@ -223,8 +343,7 @@ class SelectiveGuidanceGRPOTrainer(GRPOTrainer):
         call.arguments["num_generations"] = self._batch.num_on_policy
         completion_ids, logprobs = super()._generate_single_turn(*call.args, **call.kwargs)
         self._batch.rollout = self._sample_guided(guided_prompt_ids)
-        self._batch.completion_ids = self._batch.merge(completion_ids, self._batch.rollout.completion_ids)
-        return self._batch.completion_ids, logprobs
+        return self._batch.merge(completion_ids, self._batch.rollout.completion_ids), logprobs
 
     def _sample_guided(self, prompt_ids: list[list[int]]) -> GuidedRollout:
         """Mixed-policy rollouts of the current policy, which is sampled in the mode and with the weights that TRL samples it."""
@@ -245,123 +364,369 @@ class SelectiveGuidanceGRPOTrainer(GRPOTrainer):
                 temperature=self.temperature,
             )
 
+    # ---- Injected completions ----------------------------------------------------------------------------------------------------------
+
+    def _generate(self, prompts):
+        generated = super()._generate(prompts)
+        if self._batch is None:
+            return generated
+        prompt_ids, completion_ids, tool_mask, completions, logprobs, *rest = generated
+        self._batch.completion_ids = completion_ids
+        if self.num_injected_completions:
+            rewards_per_func = super()._calculate_rewards(self._batch.rows, prompts, completions, completion_ids)
+            self._batch.sampled_rewards_per_func = rewards_per_func
+            completion_ids, completions, logprobs = self._inject(prompt_ids, completions, logprobs)
+        return prompt_ids, completion_ids, tool_mask, completions, logprobs, *rest
+
+    def _inject(self, prompt_ids, completions, logprobs) -> tuple[list, list, list | None]:
+        """Put selected expert completions into their rows: token ids, decoded completions, log-probabilities of an inference engine."""
+        started, batch = time.perf_counter(), self._batch
+        self._log_last_injected()
+        rewards, reward_range = self._rewards_by_group(batch.sampled_rewards_per_func)
+        process_index = self.accelerator.process_index
+        sampled = SampledBatch(
+            batch.rows,
+            prompt_ids,
+            batch.completion_ids,
+            rewards=rewards,
+            is_correct=rewards > reward_range / 2,
+            is_guided=self._was_guided(),
+            step=self.state.global_step,
+            process_index=process_index,
+        )
+        extra_logs: dict = {}
+        injection = self._injector.choose(
+            sampled, partial(self._score_completions, prompt_ids, extra_logs), self._policy_logps
+        )
+        batch.injection, batch.rewards_per_func = injection, batch.sampled_rewards_per_func.clone()
+        for choice in injection.injected:
+            batch.rewards_per_func[choice.row] = torch.tensor(choice.rewards_per_func)
+        completion_ids, completions = list(batch.completion_ids), list(completions)
+        logprobs = None if logprobs is None else list(logprobs)
+        injected = batch.injected(process_index)
+        for row, choice in injected.items():
+            completion_ids[row] = list(choice.completion.token_ids)
+            completions[row] = self._decode(batch.rows[row]["prompt"], prompt_ids[row], completion_ids[row])
+            if logprobs is not None:
+                logprobs[row] = [float("nan")] * len(
+                    completion_ids[row]
+                )  # unknown to the engine: TRL's own ratio is 1
+            first_row = row - row % batch.num_generations
+            for column, value in extra_logs[first_row, choice.completion.token_ids].items():
+                if len(self._pending_extra_logs[column]) == batch.num_rows:
+                    self._pending_extra_logs[column][row] = value
+        if injection.injected:
+            self._last_injected = [(prompt_ids[row], completion_ids[row]) for row in injected]
+        self._metrics["train"]["guidance/selection_time"].append(time.perf_counter() - started)
+        return completion_ids, completions, logprobs
+
+    def _score_completions(self, prompt_ids, extra_logs: dict, pairs, num_rows: int) -> torch.Tensor:
+        """Rewards of expert completions for rows of this process, by the user's functions. Every process scores `num_rows` rows: TRL gathers
+        them. What the functions log of a completion comes into `extra_logs`; what they measure means the policy, and is left out."""
+        batch = self._batch
+        rows, token_ids = [row for row, _ in pairs], [list(completion.token_ids) for _, completion in pairs]
+        missing = num_rows - len(rows)
+        rows += [rows[-1] if rows else 0] * missing
+        token_ids += [token_ids[-1] if token_ids else batch.completion_ids[0]] * missing
+        inputs = [batch.rows[row] for row in rows]
+        prompts = [example["prompt"] for example in inputs]
+        completions = [
+            self._decode(prompt, prompt_ids[row], ids)
+            for prompt, row, ids in zip(prompts, rows, token_ids, strict=True)
+        ]
+        pending: tuple[dict[str, list], dict[str, list]] = self._pending_extra_logs, self._pending_metrics
+        self._pending_extra_logs: dict[str, list] = defaultdict(list)
+        self._pending_metrics: dict[str, list] = defaultdict(list)
+        try:
+            rewards = super()._calculate_rewards(inputs, prompts, completions, token_ids)
+            for number, (row, completion) in enumerate(pairs):
+                extra_logs[row, completion.token_ids] = {
+                    column: values[number]
+                    for column, values in self._pending_extra_logs.items()
+                    if len(values) == num_rows
+                }
+        finally:
+            self._pending_extra_logs, self._pending_metrics = pending
+        return rewards[self.accelerator.process_index * num_rows :][: len(pairs)]
+
+    def _decode(self, prompt, prompt_ids: list[int], token_ids: list[int]):
+        """A completion as TRL shows those that it has generated itself."""
+        if isinstance(prompt, str):
+            return self._tokenizer.decode(token_ids, skip_special_tokens=True)
+        if any(getattr(self._tokenizer, name, None) is not None for name in ("response_template", "response_schema")):
+            return [parse_response(self._tokenizer, token_ids, prefix=prompt_ids)]
+        return [{"role": "assistant", "content": self._tokenizer.decode(token_ids, skip_special_tokens=True)}]
+
+    def _policy_logps(self, prompt_ids, completion_ids) -> list[torch.Tensor]:
+        """log pi_theta of each token of given completions, without dropout, as the loss computes it otherwise."""
+        prompts, completions = ([torch.tensor(ids) for ids in rows] for rows in (prompt_ids, completion_ids))
+        parts = []
+        for texts, side in ((prompts, "left"), (completions, "right")):
+            pad = partial(pad_sequence, batch_first=True, padding_side=side)
+            parts.append(
+                (pad(texts, padding_value=self._tokenizer.pad_token_id), pad([torch.ones_like(t) for t in texts]))
+            )
+        input_ids, attention_mask = (
+            torch.cat(part, dim=1).to(self.accelerator.device) for part in zip(*parts, strict=True)
+        )
+        with torch.no_grad(), evaluation_mode(self.model):
+            logps, _, _ = self._get_per_token_logps_and_entropies(
+                self.model,
+                input_ids,
+                attention_mask,
+                parts[1][0].size(1),
+                batch_size=self.args.per_device_train_batch_size,
+            )
+        return [row[: len(ids)].cpu() for row, ids in zip(logps, completions, strict=True)]
+
+    def _log_last_injected(self) -> None:
+        """What the update has made of the completions that were injected before it: their log-probability now."""
+        last, self._last_injected = self._last_injected, None
+        if last is not None:
+            logps = torch.cat(self._policy_logps(*zip(*last, strict=True))) if last else torch.zeros(0)
+            sums = torch.tensor([logps.double().sum(), logps.numel()], dtype=torch.float64)
+            total, count = self._sum_over_processes(sums).tolist()
+            self._metrics["train"]["guidance/injection/logp_after"].append(total / count)
+
+    def _behaviour_logps(self, output: dict) -> torch.Tensor:
+        """log pi_b of the tokens of injected rows: from the dataset, else as the expert model scores them."""
+        values = torch.zeros(output["completion_ids"].shape, device=self.accelerator.device)
+        injected = self._batch.injected(self.accelerator.process_index)
+        unknown = [row for row, choice in injected.items() if choice.completion.logps is None]
+        prompts = [output["prompt_ids"][row][output["prompt_mask"][row].bool()].tolist() for row in unknown]
+        scored: list = []
+        if unknown:
+            texts = [injected[row].completion.token_ids for row in unknown]
+            scored = completion_logps(self.expert_model, prompts, texts, temperature=self.temperature)
+        known = {
+            row: choice.completion.logps for row, choice in injected.items() if choice.completion.logps is not None
+        }
+        for row, logps in {**known, **dict(zip(unknown, scored, strict=True))}.items():
+            values[row, : len(logps)] = torch.as_tensor(logps, dtype=values.dtype)
+        return values
+
     # ---- Rewards and advantages --------------------------------------------------------------------------------------------------------
 
     def _calculate_rewards(self, inputs, *args, **kwargs):
-        if self.num_guided_generations:
-            self._log_guided_column(len(inputs))
+        batch = self._batch
+        self._log_columns(len(inputs))
+        if batch is not None and batch.injection is not None:
+            return batch.rewards_per_func
         rewards_per_func = super()._calculate_rewards(inputs, *args, **kwargs)
-        if self._batch is not None:
-            self._batch.rewards_per_func = rewards_per_func
+        if batch is not None:
+            batch.sampled_rewards_per_func = batch.rewards_per_func = rewards_per_func
         return rewards_per_func
 
-    def _log_guided_column(self, num_rows: int) -> None:
-        """Mark the guided rows in the completions table; also where there are none, since a column has an entry for every row."""
+    def _log_columns(self, num_rows: int) -> None:
+        """Mark guided and injected rows in the completions table; also where there are none, since a column has an entry for every row."""
         batch = self._batch
-        self._log_completion_extra("guided", batch.is_guided if batch else [False] * num_rows)
-        self._log_completion_extra("expert_drawn", batch.expert_drawn_shares() if batch else [0.0] * num_rows)
+        injected = batch.injected(self.accelerator.process_index) if batch else {}
+        if self.num_guided_generations:
+            guided, shares = ([False] * num_rows, [0.0] * num_rows)
+            if batch:
+                guided, shares = batch.is_guided, batch.expert_drawn_shares()
+            self._log_completion_extra("guided", [flag and row not in injected for row, flag in enumerate(guided)])
+            self._log_completion_extra(
+                "expert_drawn", [0.0 if row in injected else share for row, share in enumerate(shares)]
+            )
+        if self.num_injected_completions:
+            choices = [injected.get(row) for row in range(num_rows)]
+            self._log_completion_extra("injected", [choice is not None for choice in choices])
+            self._log_completion_extra("injection_source", [c.completion.source if c else None for c in choices])
+            self._log_completion_extra("injection_selector", [c.selector if c else None for c in choices])
+            self._log_completion_extra("injection_score", [c.score if c else None for c in choices])
+
+    def _rewards_by_group(self, rewards_per_func: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        """Total rewards of all processes by group, and the span of each."""
+        reward_weights = self.reward_weights.to(rewards_per_func.device)
+        rewards = total_reward(rewards_per_func, reward_weights).view(-1, self.num_generations)
+        if self.args.reward_range is None:
+            return rewards, reward_span(rewards_per_func, reward_weights).view_as(rewards)
+        return rewards, torch.full_like(rewards, self.args.reward_range)
+
+    def _was_guided(self) -> torch.Tensor:
+        """Which rollouts of all processes were guided, by group."""
+        flags = torch.tensor(self._batch.is_guided, device=self.accelerator.device)
+        return flags.repeat(self.accelerator.num_processes).view(-1, self.num_generations)
 
     def _apply_guidance(self, output: dict, batch: GuidedBatch) -> dict:
-        """Replace TRL's advantages, and what it logged of this batch, by those of mixed-policy GRPO (Eq. 10-11)."""
-        reward_weights = self.reward_weights.to(batch.rewards_per_func.device)
-        rewards = total_reward(batch.rewards_per_func, reward_weights).view(-1, batch.num_generations)
-        on_policy, guided = rewards.split([batch.num_on_policy, batch.num_guided], dim=1)
-        if self.args.reward_range is None:
-            reward_range = reward_span(batch.rewards_per_func, reward_weights).view_as(rewards)
-        else:
-            reward_range = torch.full_like(rewards, self.args.reward_range)
-        advantages = torch.cat(
-            [
-                on_policy_advantages(on_policy, self.scale_rewards),
-                guided_advantages(guided, on_policy, batch.coef, reward_range[:, batch.num_on_policy :]),
-            ],
-            dim=1,
-        ).flatten()
-        local = advantages[self.accelerator.process_index * batch.num_rows :][: batch.num_rows]
-        output["is_guided"] = torch.tensor(batch.is_guided, device=local.device)
-        output["advantages"] = local
-        if self.args.guided_importance_correction != "none":
+        """Replace TRL's advantages, and what it logged of this batch, by those of mixed-policy GRPO (Eq. 10-11) with injected rows."""
+        sampled, _ = self._rewards_by_group(batch.sampled_rewards_per_func)
+        rewards, reward_range = self._rewards_by_group(batch.rewards_per_func)
+        is_guided, is_injected = self._was_guided(), torch.zeros_like(rewards, dtype=torch.bool)
+        for choice in batch.injection.injected if batch.injection else ():
+            is_injected.view(-1)[choice.row] = True
+        if batch.num_guided or is_injected.any():
+            advantages = mixed_group_advantages(
+                sampled,
+                rewards,
+                is_guided,
+                is_injected,
+                batch.coef,
+                reward_range,
+                scale_rewards=self.scale_rewards,
+                injection_advantage=self.args.injection_advantage,
+            ).flatten()
+            own_rows = slice(self.accelerator.process_index * batch.num_rows, None)
+            local = [values.flatten()[own_rows][: batch.num_rows] for values in (advantages, is_guided, is_injected)]
+            self._label_rows(output, batch, *local)
+            self._logs["advantages"].extend(advantages.tolist())  # as many as the deque holds
+        self._log_batch(batch, sampled, rewards, is_guided, is_injected, reward_range)
+        return output
+
+    def _label_rows(self, output: dict, batch: GuidedBatch, advantages, is_guided, is_injected) -> None:
+        """What the loss has to know of the rows of this process."""
+        output["advantages"] = advantages
+        if batch.num_guided:
+            output["is_guided"] = is_guided & ~is_injected
+        if batch.num_guided and self.args.guided_importance_correction != "none":
             seq = output["completion_ids"].size(1)
             weights = batch.importance_weights(
                 seq, self.args.guided_importance_correction, self.args.importance_ratio_max
             )
-            output["advantages"] = local.unsqueeze(1) * weights.to(local.device)
-
-        self._logs["advantages"].extend(advantages.tolist())  # as many as the deque holds
-        self._log_batch(batch, on_policy, guided, reward_range)
-        return output
+            weights = torch.where(is_injected.unsqueeze(1), 1.0, weights.to(advantages.device))
+            output["advantages"] = advantages.unsqueeze(1) * weights
+        if batch.injection and batch.injection.injected:  # of any process: the loss adds up over all of them
+            output["is_injected"] = is_injected
+            if self.args.injection_correction in TRUNCATED:
+                output["behaviour_per_token_logps"] = self._behaviour_logps(output)
 
     # ---- Loss --------------------------------------------------------------------------------------------------------------------------
 
     def _compute_loss(self, model, inputs):
-        is_guided = inputs.get("is_guided")
-        needs_entropies = is_guided is not None or (self.num_guided_generations and self._guidance_coef() > 0)
-        if not needs_entropies or not self.model.training:
+        is_labelled = "is_guided" in inputs or "is_injected" in inputs
+        is_measured = self.num_guided_generations and self._guidance_coef() > 0
+        if not (is_labelled or is_measured) or not self.model.training:
             return super()._compute_loss(model, inputs)
-        self._on_policy_mask = inputs["completion_mask"].bool()
-        if is_guided is not None:
-            self._on_policy_mask &= ~is_guided.unsqueeze(1)
+        self._loss_inputs = dict(inputs)  # a copy: the batch itself may be used again
         try:
-            loss = super()._compute_loss(model, inputs)
+            loss = super()._compute_loss(model, self._loss_inputs)
         finally:
-            self._on_policy_mask = None
-        total, count = self._sum_over_processes(self._on_policy_entropies).tolist()
-        self._metrics["train"]["entropy"][-1] = total / count if count else float("nan")
+            self._loss_inputs = None
+        sums = self._sum_over_processes(self._loss_sums).tolist()
+        metrics, share = self._metrics["train"], {}
+        metrics["entropy"][-1] = sums[0] / sums[1] if sums[1] else float("nan")
+        if "is_injected" in inputs:
+            share = {"guidance/injection/logp": sums[2:4], "guidance/injection/gradient_share": sums[4:6]}
+        for name, (part, whole) in share.items():
+            metrics[name].append(part / whole if whole else float("nan"))
         return loss
 
     def _get_per_token_logps_and_entropies(self, *args, **kwargs):
         logps, entropies, aux_loss = super()._get_per_token_logps_and_entropies(*args, **kwargs)
-        mask = self._on_policy_mask
-        if mask is not None:
-            self._threshold.histogram.update(entropies, mask)
-            self._on_policy_entropies = torch.stack([entropies.detach().double()[mask].sum(), mask.sum().double()])
+        if self._loss_inputs is not None:
+            self._bind_to_policy(self._loss_inputs, logps.detach(), entropies.detach())
         return logps, entropies, aux_loss
+
+    def _bind_to_policy(self, inputs: dict, logps: torch.Tensor, entropies: torch.Tensor) -> None:
+        """Between the forward of the loss and the loss: what depends on the probabilities that the policy gives now."""
+        mask = inputs["completion_mask"].bool()
+        nobody = torch.zeros(len(mask), dtype=torch.bool, device=mask.device)
+        is_injected = inputs.get("is_injected", nobody).unsqueeze(1)
+        on_policy = mask & ~is_injected & ~inputs.get("is_guided", nobody).unsqueeze(1)
+        if self.num_guided_generations:
+            self._threshold.histogram.update(entropies, on_policy)
+        sums = [entropies[on_policy].double().sum(), on_policy.sum()]
+        if "is_injected" in inputs:
+            old = inputs.get("old_per_token_logps", logps)
+            tokens = mask & is_injected
+            weights = injected_importance_weight(
+                logps,
+                inputs.get("behaviour_per_token_logps"),
+                tokens,
+                self.args.injection_correction,
+                gamma=self.args.shaping_gamma,
+                max_ratio=self.args.importance_ratio_max,
+            )
+            advantages = inputs["advantages"]
+            advantages = advantages if advantages.dim() == 2 else advantages.unsqueeze(1)
+            inputs["advantages"] = advantages * torch.where(is_injected, weights, 1.0)
+            # A ratio of 1 in every iteration: the clip never acts, and the gradient is that of the written objective.
+            inputs["old_per_token_logps"] = torch.where(is_injected, logps, old)
+            size = inputs["advantages"].abs().expand_as(mask)
+            sums += [old[tokens].double().sum(), tokens.sum(), size[tokens].double().sum(), size[mask].double().sum()]
+        self._loss_sums = torch.stack([value.double() for value in sums])
 
     # ---- Logs --------------------------------------------------------------------------------------------------------------------------
 
-    def _log_batch(self, batch: GuidedBatch, on_policy, guided, reward_range) -> None:
+    def _log_batch(self, batch: GuidedBatch, sampled, rewards, is_guided, is_injected, reward_range) -> None:
         """TRL's reward and length metrics of this batch, restricted to the policy's rollouts, and the metrics of guidance."""
-        device = on_policy.device
-        ends = {*self.eos_token_ids, self._tokenizer.pad_token_id}
-        shape = torch.tensor([[len(ids), ids[-1] not in ends] for ids in batch.completion_ids], device=device)
-        is_on_policy = ~torch.tensor(batch.is_guided, device=device).repeat(self.accelerator.num_processes)
-        lengths, is_truncated = self.accelerator.gather(shape)[is_on_policy].unbind(1)
-        rewards_per_func = batch.rewards_per_func[is_on_policy]
-        metrics = self._metrics["train"]
-        for name, value in policy_metrics(
-            rewards_per_func, on_policy, self.reward_func_names, lengths, is_truncated.bool(), self.scale_rewards
-        ).items():
-            metrics[name][-1] = value
+        device, metrics = rewards.device, self._metrics["train"]
+        own = ~is_guided.flatten()
+        if batch.num_guided or is_injected.any():
+            ends = {*self.eos_token_ids, self._tokenizer.pad_token_id}
+            shape = torch.tensor([[len(ids), ids[-1] not in ends] for ids in batch.completion_ids], device=device)
+            lengths, is_truncated = self.accelerator.gather(shape)[own].unbind(1)
+            for name, value in policy_metrics(
+                batch.sampled_rewards_per_func[own],
+                sampled.flatten()[own].view(-1, batch.num_on_policy),
+                self.reward_func_names,
+                lengths,
+                is_truncated.bool(),
+                self.scale_rewards,
+            ).items():
+                metrics[name][-1] = value
 
-        sums = rollout_sums(batch.rollout)
-        totals = self._sum_over_processes(torch.tensor(list(sums.values()), dtype=torch.float64)).tolist()
-        sums = dict(zip(sums, totals, strict=True))
-        news = reward_metrics(on_policy, guided, reward_range) | rollout_metrics(sums)
-        # With "initial", the rollout knows that policy's probabilities and not those of the trained one.
-        if self.args.mixture_policy == "current":
-            p99 = torch.tensor(importance_ratio_p99(batch.rollout), device=device)
-            news |= importance_metrics(sums, self.accelerator.gather(p99).max().item())
+        news = reward_metrics(sampled, rewards, is_guided, is_injected, reward_range)
+        if batch.rollout is not None:
+            news |= self._rollout_metrics(batch.rollout)
+        if batch.injection is not None:
+            news |= self._injection_metrics(batch.injection, rewards.shape)
         for name, value in news.items():
             metrics[name].append(value)
+
+    def _rollout_metrics(self, rollout: GuidedRollout) -> dict[str, float]:
+        sums = rollout_sums(rollout)
+        totals = self._sum_over_processes(torch.tensor(list(sums.values()), dtype=torch.float64)).tolist()
+        sums = dict(zip(sums, totals, strict=True))
+        metrics = rollout_metrics(sums)
+        # With "initial", the rollout knows that policy's probabilities and not those of the trained one.
+        if self.args.mixture_policy == "current":
+            p99 = torch.tensor(importance_ratio_p99(rollout), device=self.accelerator.device)
+            metrics |= importance_metrics(sums, self.accelerator.gather(p99).max().item())
+        return metrics
+
+    def _injection_metrics(self, injection: Injection, shape: tuple[int, int]) -> dict[str, float]:
+        is_accepted: list[bool] = []
+        if injection.choices:
+            given = torch.tensor([choice.rewards_per_func for choice in injection.choices])
+            weights = self.reward_weights.cpu()
+            span = self.args.reward_range or reward_span(given, weights)
+            is_accepted = (total_reward(given, weights) > span / 2).tolist()
+        metrics = injection_metrics(injection, is_accepted, shape[0], shape[0] * shape[1])
+        for learner in self._injector.selector.learners():
+            if learner.model.num_outcomes:
+                metrics["guidance/injection/calibration_error"] = learner.model.calibration_error()
+        return metrics
 
     # ---- Checkpoints -------------------------------------------------------------------------------------------------------------------
 
     def _save_optimizer_and_scheduler(self, output_dir):
         super()._save_optimizer_and_scheduler(output_dir)
-        if self.num_guided_generations:
-            state = self._threshold.state_dict()
-            if self.args.should_save:
-                write_state(Path(output_dir), state)
+        state = self._threshold.state_dict() if self.num_guided_generations else {}
+        if self.num_injected_completions:
+            state["injection"] = self._injector.state_dict()
+        if state and self.args.should_save:
+            write_state(Path(output_dir), state)
 
     def _load_optimizer_and_scheduler(self, checkpoint):
         super()._load_optimizer_and_scheduler(checkpoint)
-        if not self.num_guided_generations or checkpoint is None:
+        if checkpoint is None or not (self.num_guided_generations or self.num_injected_completions):
             return
-        state = read_state(Path(checkpoint))
-        if state is None:
+        fresh = []
+        with saved_state(Path(checkpoint)) as state:
+            if self.num_guided_generations and (state is None or set(state) == {"injection"}):
+                fresh.append("threshold")
+            elif self.num_guided_generations:
+                self._threshold.load_state_dict(state, is_main_process=self.accelerator.is_main_process)
+            if self.num_injected_completions and (state is None or "injection" not in state):
+                fresh.append("memory of injections")
+            elif self.num_injected_completions:
+                self._injector.load_state_dict(state["injection"])
+        if fresh:
+            what = f"has no {STATE_FILE}: it" if state is None else f"holds no {' and no '.join(fresh)}: it"
+            reason = "guidance" if state is None else "this kind of guidance"
             warnings.warn(
-                f"{checkpoint} has no {STATE_FILE}: it was written without guidance, whose threshold starts fresh.",
+                f"{checkpoint} {what} was written without {reason}, whose {' and '.join(fresh)} starts fresh.",
                 stacklevel=2,
             )
-        else:
-            self._threshold.load_state_dict(state, is_main_process=self.accelerator.is_main_process)

@@ -1,14 +1,27 @@
 """Where guidance comes from."""
 
+from trl_selective.experts.collect import Tally, collect
 from trl_selective.experts.completions import CompletionReader, ExpertCompletion
+from trl_selective.experts.endpoint_source import EndpointSource, endpoint_client
 from trl_selective.experts.local import check_expert, load_expert, load_expert_tokenizer
-from trl_selective.experts.scoring import completion_logps
+from trl_selective.experts.local_source import LocalSource
+from trl_selective.experts.scoring import completion_logps, evaluation_mode
+from trl_selective.experts.sources import Completion, Sampling, Source
 
 __all__ = [
+    "Completion",
     "CompletionReader",
+    "EndpointSource",
     "ExpertCompletion",
+    "LocalSource",
+    "Sampling",
+    "Source",
+    "Tally",
     "check_expert",
+    "collect",
     "completion_logps",
+    "endpoint_client",
+    "evaluation_mode",
     "load_expert",
     "load_expert_tokenizer",
 ]

@@ -1,6 +1,7 @@
 """How likely is a given completion under a model? For completions that were not drawn from it, one forward pass instead of a rollout."""
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 
 import torch
 from jaxtyping import Float
@@ -11,6 +12,18 @@ from trl_selective.sampling.kv import optional_arguments
 
 LOGITS_AT_ONCE = 2**28  # of one forward: half a gigabyte in bfloat16. A single row may need more.
 POSITIONS_AT_ONCE = 1024  # whose log-softmax is held in float32: 0.6 GB for 150,000 tokens of vocabulary
+
+
+@contextmanager
+def evaluation_mode(model: nn.Module) -> Iterator[None]:
+    """The model without dropout, and afterwards each of its modules in the mode that it was in."""
+    modes = {module: module.training for module in model.modules()}
+    model.eval()
+    try:
+        yield
+    finally:
+        for module, mode in modes.items():
+            module.training = mode
 
 
 @torch.no_grad()

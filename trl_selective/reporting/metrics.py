@@ -5,12 +5,14 @@ same numbers.
 """
 
 import math
+from collections import Counter
 
 import torch
 from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
 from trl_selective.functional.advantages import nanstd
+from trl_selective.injection import Injection
 from trl_selective.rollout import GuidedRollout
 
 
@@ -52,24 +54,75 @@ def policy_metrics(
 
 
 def reward_metrics(
-    on_policy: Float[Tensor, "groups on_policy_rows"],
-    guided: Float[Tensor, "groups guided_rows"],
+    sampled: Float[Tensor, "groups rows"],
+    rewards: Float[Tensor, "groups rows"],
+    is_guided: Bool[Tensor, "groups rows"],
+    is_injected: Bool[Tensor, "groups rows"],
     reward_range: Float[Tensor, "groups rows"],
 ) -> dict[str, float]:
-    """Rewards of both kinds of rollouts apart, and the share of groups that guidance rescued.
+    """Rewards of all kinds of rows apart, and the share of groups that guidance rescued.
 
     Args:
-        on_policy, guided: total rewards.
-        reward_range: span of the total reward of all rows; a rollout is correct when its reward exceeds half of it.
+        sampled: total rewards of the rollouts.
+        rewards: the same with those of injected completions in their places.
+        is_guided: which rollouts were guided.
+        is_injected: which of all rows were replaced.
+        reward_range: span of the total reward of each row; a row is correct when its reward exceeds half of it.
     """
-    correct_above = reward_range / 2
-    num = on_policy.size(1)
-    rescued = (guided > correct_above[:, num:]).any(1) & ~(on_policy > correct_above[:, :num]).any(1)
-    return {
-        "guidance/reward/on_policy": on_policy.nanmean().item(),
-        "guidance/reward/guided": guided.nanmean().item(),
+    is_correct = rewards > reward_range / 2
+    helped = is_correct & (is_guided | is_injected)
+    rescued = helped.any(1) & ~(sampled.masked_fill(is_guided, torch.nan) > reward_range / 2).any(1)
+    metrics = {
+        "guidance/reward/on_policy": sampled[~is_guided].nanmean().item(),
         "guidance/rescued_groups": rescued.float().mean().item(),
     }
+    for kind, values in {"guided": sampled[is_guided], "injected": rewards[is_injected]}.items():
+        if values.numel():
+            metrics[f"guidance/reward/{kind}"] = values.nanmean().item()
+    return metrics
+
+
+def injection_metrics(
+    injection: Injection, is_accepted: list[bool], num_groups: int, num_rows: int
+) -> dict[str, float]:
+    """What was injected, why, and what came of earlier injections. Names as in the README; what there is no data for is left out.
+
+    Args:
+        injection: of all processes.
+        is_accepted: for each of its choices, whether it is correct.
+        num_groups, num_rows: of the batch, over all processes.
+    """
+    prefix, injected, total = "guidance/injection", injection.injected, len(injection.choices)
+    metrics = {
+        f"{prefix}/rows": len(injected) / num_rows,
+        f"{prefix}/groups": len({choice.group for choice in injected}) / num_groups,
+        **{f"{prefix}/trigger/{name}": share for name, share in injection.fired.items()},
+    }
+    if injection.num_read:
+        metrics[f"{prefix}/overlong"] = injection.num_overlong / injection.num_read
+    if injection.choices:
+        metrics[f"{prefix}/accepted"] = sum(is_accepted) / total
+        for name, times in Counter(choice.selector for choice in injection.choices).items():
+            metrics[f"{prefix}/selector/{name}"] = times / total
+    for source in {choice.completion.source for choice in injection.choices} - {None}:
+        verdicts = [
+            accepted
+            for choice, accepted in zip(injection.choices, is_accepted, strict=True)
+            if choice.completion.source == source
+        ]
+        times = sum(choice.completion.source == source for choice in injected)
+        metrics[f"{prefix}/source/{source}/rows"] = times / num_rows
+        metrics[f"{prefix}/source/{source}/accepted"] = sum(verdicts) / len(verdicts)
+    if injected:
+        lengths = [len(choice.completion.token_ids) for choice in injected]
+        metrics[f"{prefix}/completions/mean_length"] = sum(lengths) / len(lengths)
+    if injection.verdicts:
+        changes = [verdict.change for verdict in injection.verdicts]
+        metrics[f"{prefix}/success_change"] = sum(changes) / len(changes)
+    predicted = [verdict.predicted for verdict in injection.verdicts if verdict.predicted is not None]
+    if predicted:
+        metrics[f"{prefix}/predicted_change"] = sum(predicted) / len(predicted)
+    return metrics
 
 
 def rollout_sums(rollout: GuidedRollout) -> dict[str, float]:

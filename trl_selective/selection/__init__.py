@@ -1,14 +1,15 @@
 """Who gets an expert completion, and which one (arXiv:2504.14945 gives one to every group; selective means to decide each time)."""
 
 from trl_selective.selection.candidates import Candidates
-from trl_selective.selection.expression import combine
-from trl_selective.selection.learned import GainModel, Learned
+from trl_selective.selection.learned import GainModel, Learned, features
 from trl_selective.selection.memory import InjectionMemory, Verdict
+from trl_selective.selection.names import SELECTORS, make_selector, make_trigger
 from trl_selective.selection.selectors import (
     Diverse,
     First,
     Learnable,
     Novel,
+    Pick,
     Random,
     RewardGain,
     Selector,
@@ -26,6 +27,7 @@ from trl_selective.selection.triggers import (
 )
 
 __all__ = [
+    "SELECTORS",
     "Always",
     "Below",
     "Candidates",
@@ -38,6 +40,7 @@ __all__ = [
     "Learnable",
     "Learned",
     "Novel",
+    "Pick",
     "Random",
     "RewardGain",
     "Selector",
@@ -47,5 +50,7 @@ __all__ = [
     "WithProbability",
     "ZeroVariance",
     "choose",
-    "combine",
+    "features",
+    "make_selector",
+    "make_trigger",
 ]

@@ -52,21 +52,27 @@ class Selector(ABC):
         return Fallback(self, other)
 
 
-def choose(selector: Selector, candidates: Candidates, number: int) -> list[tuple[int, float]]:
-    """Choose up to `number` completions, one after the other, the first of equals first. `candidates.chosen` grows with them.
+@dataclass(frozen=True)
+class Pick:
+    """A completion that was chosen: its index, its score, and the name of the selector that gave it."""
 
-    Returns:
-        Index and score of each, in the order of choice.
-    """
-    found: list[tuple[int, float]] = []
+    index: int
+    score: float
+    selector: str
+
+
+def choose(selector: Selector, candidates: Candidates, number: int) -> list[Pick]:
+    """Choose up to `number` completions, one after the other, the first of equals first. `candidates.chosen` grows with them."""
+    found: list[Pick] = []
     while len(found) < min(number, len(candidates)):
+        decided_by = selector.decided_by(candidates)
         scores = selector.scores(candidates)
         scores = [NOT_ELIGIBLE if i in candidates.chosen else score for i, score in enumerate(scores)]
         best = max(range(len(scores)), key=scores.__getitem__)
         if scores[best] == NOT_ELIGIBLE:
             break
         candidates.chosen.append(best)
-        found.append((best, scores[best]))
+        found.append(Pick(best, scores[best], decided_by))
     return found
 
 

@@ -1,0 +1,115 @@
+"""Give each problem of a dataset whole completions of an expert, to train on with `expert_completions`.
+
+The expert is a model in this process (on a GPU if there is one):
+
+    python recipes/collect_expert_completions.py \
+        --dataset_name problems.jsonl \
+        --expert_model_name_or_path open-r1/OpenR1-Qwen-7B \
+        --policy_tokenizer_name_or_path Qwen/Qwen2.5-3B \
+        --reward_funcs boxed_accuracy \
+        --num_completions 4 \
+        --output_file data/with_expert.jsonl
+
+or one behind an endpoint that speaks OpenAI's protocol, whose key, if it wants one, is in the variable OPENAI_API_KEY:
+
+    python recipes/collect_expert_completions.py ... --base_url http://localhost:8000/v1 --expert_model_name_or_path served-name
+
+Dataset and rewards are named as for `selective_grpo.py`. Every row goes to the file as soon as it is done: after an interruption, the same
+command goes on from there.
+"""
+
+from dataclasses import dataclass, field
+
+import torch
+from selective_grpo import ScriptArguments, choose_split, load_reward, load_splits, load_tokenizer
+from transformers import AutoTokenizer
+from trl import ModelConfig, TrlParser
+
+from trl_selective.experts import (
+    EndpointSource,
+    LocalSource,
+    Sampling,
+    Tally,
+    collect,
+    endpoint_client,
+    load_expert,
+    load_expert_tokenizer,
+)
+from trl_selective.grading import Verifier
+
+
+@dataclass
+class CollectArguments:
+    output_file: str = field(metadata={"help": "JSON Lines file to write, or to go on with."})
+    expert_model_name_or_path: str = field(
+        metadata={"help": "Hub id or folder of the expert, or the name under which the endpoint serves it."}
+    )
+    policy_tokenizer_name_or_path: str | None = field(
+        default=None,
+        metadata={
+            "help": "Hub id or folder of the policy, whose tokens log-probabilities are for; default: the expert's."
+        },
+    )
+    reward_weights: list[float] | None = field(
+        default=None, metadata={"help": "One for each of `reward_funcs`; all 1 by default."}
+    )
+    only_above: float | None = field(
+        default=None, metadata={"help": "Keep only completions with a total reward above this; 0.5 for right ones."}
+    )
+    dtype: str | None = field(
+        default=None, metadata={"help": "Of the expert; default: bfloat16 on accelerators, float32 on CPUs."}
+    )
+    batch_size: int = field(default=32, metadata={"help": "Completions generated at once."})
+    base_url: str | None = field(default=None, metadata={"help": "Of an endpoint, such as http://localhost:8000/v1."})
+    concurrency: int = field(default=16, metadata={"help": "Requests to the endpoint at once."})
+    timeout: float = field(default=600, metadata={"help": "Seconds that a request may take."})
+    max_retries: int = field(default=5, metadata={"help": "Of a request that fails for a reason that may pass."})
+
+
+def local_source(script: ScriptArguments, arguments: CollectArguments, sampling: Sampling) -> LocalSource:
+    name = arguments.expert_model_name_or_path
+    device = torch.accelerator.current_accelerator() or torch.device("cpu")
+    model = load_expert(name, device, init_kwargs={"dtype": arguments.dtype} if arguments.dtype else None)
+    policy = ModelConfig(model_name_or_path=arguments.policy_tokenizer_name_or_path or name)
+    return LocalSource(
+        model,
+        load_expert_tokenizer(model),
+        name,
+        sampling,
+        policy_tokenizer=load_tokenizer(script, policy) or AutoTokenizer.from_pretrained(policy.model_name_or_path),
+        batch_size=arguments.batch_size,
+    )
+
+
+def endpoint_source(script: ScriptArguments, arguments: CollectArguments, sampling: Sampling) -> EndpointSource:
+    if arguments.policy_tokenizer_name_or_path or script.eos_token:
+        raise ValueError(
+            f"policy_tokenizer_name_or_path={arguments.policy_tokenizer_name_or_path!r} and eos_token={script.eos_token!r} are for "
+            "log-probabilities, which are not taken from an endpoint: leave them unset, or leave base_url unset."
+        )
+    client = endpoint_client(arguments.base_url, timeout=arguments.timeout, max_retries=arguments.max_retries)
+    return EndpointSource(client, arguments.expert_model_name_or_path, sampling, concurrency=arguments.concurrency)
+
+
+def summary(tally: Tally, output_file: str) -> str:
+    right = f", {tally.num_right / tally.num_scored:.1%} of {tally.num_scored} right" if tally.num_scored else ""
+    return (
+        f"{tally.num_resumed + tally.num_rows} rows are in {output_file}, {tally.num_resumed} of them from an earlier run. In this run:\n"
+        f"  {tally.num_drawn} completions drawn{right}\n"
+        f"  {tally.num_unfinished} dropped, cut off or empty\n"
+        f"  {tally.num_kept} kept, {tally.num_without_logprobs} of them without log-probabilities"
+    )
+
+
+def main(script: ScriptArguments, arguments: CollectArguments, sampling: Sampling) -> None:
+    rows = choose_split(load_splits(script), script.dataset_train_split, "dataset_train_split")
+    verifier = Verifier([load_reward(name) for name in script.reward_funcs or ()], arguments.reward_weights)
+    make_source = local_source if arguments.base_url is None else endpoint_source
+    source = make_source(script, arguments, sampling)
+    tally = collect(rows, source, verifier, arguments.output_file, only_above=arguments.only_above)
+    print(summary(tally, arguments.output_file))
+
+
+if __name__ == "__main__":
+    parser = TrlParser((ScriptArguments, CollectArguments, Sampling))
+    main(*parser.parse_args_and_config(fail_with_unknown_args=True))

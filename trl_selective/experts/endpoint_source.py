@@ -1,0 +1,124 @@
+"""Whole completions of an expert behind an endpoint that speaks OpenAI's protocol, such as that of vLLM. Of its log-probabilities none are
+kept: its tokenizer is not the policy's, as a rule.
+"""
+
+import os
+from collections import deque
+from collections.abc import Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import asdict, dataclass
+from typing import Any
+
+from trl_selective.experts.sources import Completion, Sampling
+from trl_selective.grading import Conversation
+
+
+def endpoint_client(base_url: str | None, *, timeout: float, max_retries: int) -> Any:
+    """An `openai.OpenAI` for an endpoint that speaks its protocol. The key, if it wants one, is read from the variable OPENAI_API_KEY.
+
+    Redirects are not followed: they would carry prompts to a place that nobody named.
+
+    Args:
+        base_url: such as "http://localhost:8000/v1".
+        timeout: seconds that a request may take.
+        max_retries: of a request that fails for a reason that may pass, with pauses that grow.
+
+    Raises:
+        ImportError: if the package `openai` is missing.
+    """
+    try:
+        from openai import DefaultHttpxClient, OpenAI
+    except ImportError as error:
+        raise ImportError(
+            'Endpoints need the package openai, which is not installed: pip install "trl-selective[server]"'
+        ) from error
+    return OpenAI(
+        base_url=base_url,
+        api_key=os.environ.get("OPENAI_API_KEY")
+        or "no-key",  # which the library demands, also for servers that do not
+        timeout=timeout,
+        max_retries=max_retries,
+        http_client=DefaultHttpxClient(follow_redirects=False),
+    )
+
+
+@dataclass
+class EndpointSource:
+    """A model behind an endpoint. Texts are completed, conversations answered; what the server adds to the temperature is its own affair.
+
+    Thoughts count only where the server leaves them in the answer: start it without a parser that takes them out.
+
+    Args:
+        client: as `endpoint_client` returns it.
+        name: of the model, there and in the dataset.
+        sampling: how it draws; seeds are sent along, and kept as far as the server keeps them.
+        concurrency: requests at once.
+    """
+
+    client: Any
+    name: str
+    sampling: Sampling
+    concurrency: int = 16
+
+    @property
+    def settings(self) -> dict[str, Any]:
+        return {"expert": self.name, **asdict(self.sampling)}
+
+    def complete(self, prompts: Sequence[str | Conversation], first: int) -> Iterator[list[Completion]]:
+        """The completions of each prompt from index `first` on, in order.
+
+        Raises:
+            RuntimeError: if a request fails for good. Completions of rows before it were all handed out.
+        """
+        pool = ThreadPoolExecutor(self.concurrency)
+        pending: deque = (
+            deque()
+        )  # futures of one row each; so many rows that the pool is busy while the first of them is slow
+        try:
+            for row in range(first, len(prompts)):
+                asked = range(self.sampling.num_completions)
+                pending.append([pool.submit(self._ask, prompts[row], row, number) for number in asked])
+                if len(pending) == self.concurrency:
+                    yield [future.result() for future in pending.popleft()]
+            while pending:
+                yield [future.result() for future in pending.popleft()]
+        finally:
+            pool.shutdown(cancel_futures=True)
+
+    def _ask(self, prompt: str | Conversation, row: int, number: int) -> Completion:
+        from openai import OpenAIError
+
+        try:
+            response = self._request(prompt, self.sampling.seed_of(row, number))
+        except OpenAIError as error:
+            # A server may quote the key in its answer, which must not be shown: hence `from None` as well.
+            reason = f"{type(error).__name__}: {error}".replace(self.client.api_key, "<key>")
+            raise self._failure(row, f"{reason}{_redirect(error)}") from None
+        if not getattr(response, "choices", None):
+            raise self._failure(
+                row, "the answer has no `choices`. Does base_url end as the server wants it, often in /v1?"
+            )
+        choice = response.choices[0]
+        text = (choice.text if isinstance(prompt, str) else choice.message.content) or ""
+        return Completion(text, is_whole=choice.finish_reason == "stop" and bool(text.strip()))
+
+    def _request(self, prompt: Any, seed: int) -> Any:
+        settings: dict[str, Any] = {"model": self.name, "temperature": self.sampling.temperature, "seed": seed}
+        length = self.sampling.max_completion_length
+        if isinstance(prompt, str):
+            return self.client.completions.create(prompt=prompt, max_tokens=length, **settings)
+        return self.client.chat.completions.create(messages=prompt, max_completion_tokens=length, **settings)
+
+    def _failure(self, row: int, reason: str) -> RuntimeError:
+        return RuntimeError(
+            f"Row {row} got no completion from {self.name!r} (max_retries={self.client.max_retries}): {reason} Rows before it are kept: start "
+            "again with the same settings to go on from there."
+        )
+
+
+def _redirect(error: Exception) -> str:
+    """What to do about a redirect, if it was one."""
+    response = getattr(error, "response", None)
+    if response is None or not response.has_redirect_location:
+        return ""
+    return f" It redirects to {response.headers['location']!r}, which is not followed: if that is right, give it as base_url."

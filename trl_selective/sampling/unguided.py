@@ -1,0 +1,102 @@
+"""What a model says by itself: completions from its full distribution at a temperature, whatever its generation config says."""
+
+from collections.abc import Collection, Sequence
+from contextlib import contextmanager
+from functools import partial
+from typing import Any
+
+import torch
+from jaxtyping import Float
+from torch import Tensor
+from torch.nn.utils.rnn import pad_sequence
+from transformers import GenerationConfig, LogitsProcessor, LogitsProcessorList, PreTrainedTokenizerBase
+
+from trl_selective.grading import Conversation
+from trl_selective.sampling.draw import inverse_cdf
+
+
+def encode_prompt(tokenizer: PreTrainedTokenizerBase, prompt: str | Conversation) -> list[int]:
+    """Token ids of a text, or of a conversation up to where the assistant answers."""
+    if isinstance(prompt, str):
+        return tokenizer(text=prompt)["input_ids"]
+    text = tokenizer.apply_chat_template(prompt, tokenize=False, add_generation_prompt=True)
+    return tokenizer(text=text, add_special_tokens=False)["input_ids"]
+
+
+def end_token_ids(model, tokenizer: PreTrainedTokenizerBase) -> list[int]:
+    """Ids that end an answer of the model: those of its generation config, and its tokenizer's."""
+    ends = model.generation_config.eos_token_id
+    return sorted({*(ends if isinstance(ends, list) else [ends]), tokenizer.eos_token_id} - {None})
+
+
+@torch.no_grad()
+def sample_completions(
+    model,
+    prompt_ids: Sequence[Sequence[int]],
+    *,
+    max_completion_length: int,
+    eos_token_ids: Collection[int],
+    pad_token_id: int,
+    temperature: float = 1.0,
+    uniforms: Float[Tensor, "rows positions"] | None = None,
+) -> list[list[int]]:
+    """Draw one completion for each prompt, up to and including its end token.
+
+    Args:
+        model: a causal language model of Transformers, in the mode that the caller wants.
+        prompt_ids: token ids of each prompt, without padding, at least one each.
+        max_completion_length: tokens after which a completion ends at the latest.
+        eos_token_ids: a completion ends with the first of these, which is part of it.
+        pad_token_id: any valid id, for padding.
+        temperature: > 0, divides the logits.
+        uniforms: one number in [0, 1) for each token, so that a row draws the same tokens in any company (to rounding); None for torch's
+            global generator.
+    """
+    texts = [torch.tensor(ids) for ids in prompt_ids]
+    pad = partial(pad_sequence, batch_first=True, padding_side="left")
+    input_ids = pad(texts, padding_value=pad_token_id).to(model.device)
+    mask = pad([torch.ones_like(text) for text in texts]).to(model.device)
+    law: dict[str, Any] = {"do_sample": True, "temperature": temperature, "top_k": 0, "top_p": 1.0}
+    processors = LogitsProcessorList()
+    if uniforms is not None:
+        law = {"do_sample": False}  # the processor leaves one token
+        processors.append(_Draw(uniforms.to(model.device), temperature, input_ids.size(1)))
+    settings = GenerationConfig(
+        **law,
+        max_new_tokens=max_completion_length,
+        eos_token_id=list(eos_token_ids),
+        pad_token_id=pad_token_id,
+    )
+    with _replaced_generation_config(model, settings):
+        output = model.generate(input_ids=input_ids, attention_mask=mask, logits_processor=processors)
+    return [_up_to_end(ids, eos_token_ids) for ids in output[:, input_ids.size(1) :].tolist()]
+
+
+class _Draw(LogitsProcessor):
+    """Draws the next token of every row from the softmax of its logits, with the row's own number for that position."""
+
+    def __init__(self, uniforms: Float[Tensor, "rows positions"], temperature: float, prompt_length: int):
+        self.uniforms, self.temperature, self.prompt_length = uniforms, temperature, prompt_length
+
+    def __call__(self, input_ids: Tensor, scores: Tensor) -> Tensor:
+        probs = (scores.float() / self.temperature).softmax(-1)
+        drawn = inverse_cdf(probs, self.uniforms[:, input_ids.size(1) - self.prompt_length])
+        return torch.full_like(scores, -torch.inf).scatter(-1, drawn.unsqueeze(-1), 0.0)
+
+
+def _up_to_end(token_ids: list[int], eos_token_ids: Collection[int]) -> list[int]:
+    ends = (position for position, token in enumerate(token_ids) if token in eos_token_ids)
+    return token_ids[: next(ends, len(token_ids)) + 1]
+
+
+@contextmanager
+def _replaced_generation_config(model, settings: GenerationConfig):
+    """`generate` fills what it is not told from the model's own config: hand it one with nothing else in it."""
+    own = [(each, each.generation_config) for each in {model, getattr(model, "get_base_model", lambda: model)()}]
+    try:
+        for each, _ in own:
+            each.generation_config = settings
+        yield
+    finally:
+        for each, generation_config in own:
+            each.generation_config = generation_config

@@ -1,0 +1,37 @@
+"""The file in a checkpoint that holds what guidance knows: whole or not at all, and named where it is damaged."""
+
+import json
+import os
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+STATE_FILE = "guidance_state.json"
+
+
+def write_state(folder: Path, state: dict[str, Any]) -> None:
+    """Write `state` into a checkpoint, whole or not at all."""
+    partial = folder / f"{STATE_FILE}.partial"
+    partial.write_text(json.dumps(state))
+    os.replace(partial, folder / STATE_FILE)
+
+
+@contextmanager
+def saved_state(folder: Path) -> Iterator[dict[str, Any] | None]:
+    """The state in a checkpoint, to be loaded inside the `with`; None if it was written without guidance.
+
+    Raises:
+        ValueError: if the file is damaged, or what is loaded from it does not fit.
+    """
+    path = folder / STATE_FILE
+    try:
+        state = json.loads(path.read_text()) if path.exists() else None
+        if state is not None and not (isinstance(state, dict) and state):
+            raise TypeError(f"expected an object with entries, got {state!r}")
+        yield state
+    except (AttributeError, KeyError, TypeError, ValueError) as error:
+        raise ValueError(
+            f"{path} is damaged ({error!r}). Resume from an earlier checkpoint, or delete this file to start with a fresh threshold and "
+            "memory."
+        ) from error
