@@ -5,7 +5,7 @@ The expert is a model in this process (on a GPU if there is one):
     python recipes/collect_expert_completions.py \
         --dataset_name problems.jsonl \
         --expert_model_name_or_path open-r1/OpenR1-Qwen-7B \
-        --policy_tokenizer_name_or_path Qwen/Qwen2.5-3B \
+        --policy_tokenizer_name_or_path Qwen/Qwen2.5-3B --eos_token "<|im_end|>" \
         --reward_funcs boxed_accuracy \
         --num_completions 4 \
         --output_file data/with_expert.jsonl
@@ -14,8 +14,8 @@ or one behind an endpoint that speaks OpenAI's protocol, whose key, if it wants 
 
     python recipes/collect_expert_completions.py ... --base_url http://localhost:8000/v1 --expert_model_name_or_path served-name
 
-Dataset and rewards are named as for `selective_grpo.py`. Every row goes to the file as soon as it is done: after an interruption, the same
-command goes on from there.
+Dataset, rewards and `eos_token` are those of `selective_grpo.py`. Every row goes to the file as soon as it is done: after
+an interruption, the same command goes on from there.
 """
 
 from dataclasses import dataclass, field

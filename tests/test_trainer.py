@@ -528,7 +528,7 @@ def test_models_that_cannot_be_guided_yet_are_refused(tmp_path, attribute, messa
     trainer = make_trainer(tmp_path)
     setattr(trainer, attribute, True)
     with pytest.raises(ValueError, match=message):
-        trainer._set_up_guidance(EXPERT, None)
+        trainer._check_policy()
 
 
 def test_a_cache_that_cannot_take_tokens_back_is_refused_for_drafts(tmp_path):

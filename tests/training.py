@@ -1,5 +1,6 @@
 """Short training runs on the quickstart's task and models."""
 
+import random
 import sys
 from pathlib import Path
 
@@ -11,6 +12,7 @@ from trl_selective import SelectiveGuidanceGRPOConfig, SelectiveGuidanceGRPOTrai
 QUICKSTART = Path(__file__).parents[1] / "recipes" / "quickstart"
 POLICY, EXPERT = str(QUICKSTART / "policy"), str(QUICKSTART / "expert")
 sys.path.insert(0, str(QUICKSTART))
+from make_models import shortest_path  # noqa: E402
 from task import path_reward, problems  # noqa: E402
 
 PLAIN = {
@@ -34,11 +36,27 @@ GUIDED = {
     "guidance_schedule": "constant",
     "guidance_steps": 100,
 }
+INJECTED = {
+    **PLAIN,
+    "num_injected_completions": 1,
+    "guidance_schedule": "constant",
+    "guidance_steps": 100,
+}
 
 
 def path_dataset(num_problems: int = 64) -> Dataset:
     rows = problems(num_problems, seed=1)
     return Dataset.from_list([{"prompt": p.prompt, "walls": p.walls, "start": p.start, "goal": p.goal} for p in rows])
+
+
+def expert_dataset(num_problems: int = 64, num_completions: int = 2) -> Dataset:
+    """The same problems, each with random shortest paths as expert completions, by two experts in turn."""
+    rng, rows = random.Random(0), []
+    for row, problem in zip(path_dataset(num_problems), problems(num_problems, seed=1), strict=True):
+        completions = [shortest_path(problem, rng) for _ in range(num_completions)]
+        sources = [f"expert {number % 2}" for number in range(num_completions)]
+        rows.append({**row, "expert_completions": completions, "expert_sources": sources})
+    return Dataset.from_list(rows)
 
 
 def length_reward(completions, **kwargs) -> list[float]:

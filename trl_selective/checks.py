@@ -32,22 +32,23 @@ NEUTRAL: dict[str, Any] = {
 }
 
 
-def check_arguments(arguments: dict[str, Any], setting: str) -> None:
+def check_arguments(arguments: dict[str, Any], settings: list[str]) -> None:
     """Refuse trainer arguments with which nothing can be guided.
 
     Args:
         arguments: of the trainer's constructor, by name.
-        setting: what asks for guidance, for the message.
+        settings: those that ask for guidance.
 
     Raises:
         ValueError: if something else than the trainer generates.
     """
-    for name in ("tools", "rollout_func", "environment_factory"):
-        if arguments.get(name):
-            raise ValueError(
-                f"`{name}` cannot be combined with {setting} > 0: guided rollouts and expert completions are single answers, with which the "
-                f"trainer fills a group itself. Drop `{name}` or set {setting}=0."
-            )
+    for setting in settings:
+        for name in ("tools", "rollout_func", "environment_factory"):
+            if arguments.get(name):
+                raise ValueError(
+                    f"`{name}` cannot be combined with {setting} > 0: guided rollouts and expert completions are single answers, with which "
+                    f"the trainer fills a group itself. Drop `{name}` or set {setting}=0."
+                )
 
 
 def check_expert_argument(arguments: dict[str, Any], expert_model: Any, need: str, way_out: str) -> None:

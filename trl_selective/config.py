@@ -313,6 +313,26 @@ class SelectiveGuidanceGRPOConfig(GRPOConfig):
 
     def _check_values(self) -> None:
         self._check_numbers()
+        self._check_names()
+        if not 0 <= self.entropy_quantile <= 1:
+            hint = (
+                f" It is a fraction: pass {self.entropy_quantile / 100:g} for the {self.entropy_quantile:g}th percentile."
+                * (1 < self.entropy_quantile <= 100)
+            )
+            raise ValueError(f"entropy_quantile must lie in [0, 1], got {self.entropy_quantile:g}.{hint}")
+        for name in FRACTIONS:
+            if not 0 <= getattr(self, name) <= 1:
+                raise ValueError(f"{name} must lie in [0, 1], got {getattr(self, name):g}: it is a share.")
+        for name, bound in AT_LEAST.items():
+            value = getattr(self, name)
+            if value is not None and not value >= bound:
+                raise ValueError(f"{name} must be at least {bound}, got {value:g}.")
+        for name in POSITIVE:
+            value = getattr(self, name)
+            if value is not None and not value > 0:
+                raise ValueError(f"{name} must be positive, got {value:g}.")
+
+    def _check_names(self) -> None:
         choices = {
             "guidance_weighting": WEIGHTINGS,
             "guidance_schedule": SCHEDULES,
@@ -328,28 +348,11 @@ class SelectiveGuidanceGRPOConfig(GRPOConfig):
         for name, allowed in choices.items():
             if getattr(self, name) not in allowed:
                 raise ValueError(f"{name} must be one of {list(allowed)}, got {getattr(self, name)!r}.")
-        if not 0 <= self.entropy_quantile <= 1:
-            hint = (
-                f" It is a fraction: pass {self.entropy_quantile / 100:g} for the {self.entropy_quantile:g}th percentile."
-                * (1 < self.entropy_quantile <= 100)
-            )
-            raise ValueError(f"entropy_quantile must lie in [0, 1], got {self.entropy_quantile:g}.{hint}")
-        for name in FRACTIONS:
-            if not 0 <= getattr(self, name) <= 1:
-                raise ValueError(f"{name} must lie in [0, 1], got {getattr(self, name):g}: it is a share.")
         for name in ("injection_trigger", "injection_selector", "expert_completions_column"):
             if not isinstance(getattr(self, name), str):
                 raise ValueError(f"{name} must be a name, got {getattr(self, name)!r}. Objects go to the trainer.")
         make_trigger(self.injection_trigger, self.injection_threshold, self.injection_probability)
         make_selector(self.injection_selector)
-        for name, bound in AT_LEAST.items():
-            value = getattr(self, name)
-            if value is not None and not value >= bound:
-                raise ValueError(f"{name} must be at least {bound}, got {value:g}.")
-        for name in POSITIVE:
-            value = getattr(self, name)
-            if value is not None and not value > 0:
-                raise ValueError(f"{name} must be positive, got {value:g}.")
 
     def _check_numbers(self) -> None:
         for name in ("entropy_quantile", "injection_threshold", *FRACTIONS, *AT_LEAST, *POSITIVE):

@@ -26,12 +26,16 @@ def saved_state(folder: Path) -> Iterator[dict[str, Any] | None]:
     """
     path = folder / STATE_FILE
     try:
-        state = json.loads(path.read_text()) if path.exists() else None
-        if state is not None and not (isinstance(state, dict) and state):
-            raise TypeError(f"expected an object with entries, got {state!r}")
-        yield state
+        yield _read(path) if path.exists() else None
     except (AttributeError, KeyError, TypeError, ValueError) as error:
         raise ValueError(
             f"{path} is damaged ({error!r}). Resume from an earlier checkpoint, or delete this file to start with a fresh threshold and "
             "memory."
         ) from error
+
+
+def _read(path: Path) -> dict[str, Any]:
+    state = json.loads(path.read_text())
+    if not isinstance(state, dict) or not state:
+        raise TypeError(f"expected an object with entries, got {state!r}")
+    return state

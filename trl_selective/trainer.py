@@ -130,9 +130,7 @@ class SelectiveGuidanceGRPOTrainer(GRPOTrainer):
         if expert_model is None:
             expert_model = getattr(args, "expert_model_name_or_path", None)
         bound = inspect.signature(GRPOTrainer.__init__).bind(self, model, reward_funcs, args, *trl_args, **trl_kwargs)
-        for setting in ("num_guided_generations", "num_injected_completions"):
-            if getattr(self, setting):
-                check_arguments(bound.arguments, setting)
+        check_arguments(bound.arguments, self._settings_in_use())
         needs_expert = self._needs_expert(args, bound.arguments, expert_model)
         if not self.num_injected_completions and (injection_trigger or injection_selector):
             warnings.warn(
@@ -147,8 +145,7 @@ class SelectiveGuidanceGRPOTrainer(GRPOTrainer):
         self._loss_inputs: dict | None = None  # while the loss of a micro-batch is computed
         self._loss_sums: torch.Tensor | None = None  # what `_bind_to_policy` adds up in that micro-batch
         self._last_injected: list[tuple] | None = None  # prompts and completions, until the policy was updated
-        if self.num_guided_generations or self.num_injected_completions:
-            self._check_policy()
+        self._check_policy()
         if needs_expert:
             self._set_up_expert(expert_model, expert_processing_class)
         if self.num_guided_generations:
@@ -160,6 +157,10 @@ class SelectiveGuidanceGRPOTrainer(GRPOTrainer):
             self.accelerator.print(f"preset {args.preset!r}: {settings}")
 
     # ---- Set-up ------------------------------------------------------------------------------------------------------------------------
+
+    def _settings_in_use(self) -> list[str]:
+        """The kinds of guidance that are on, by the setting that turns them on."""
+        return [name for name in ("num_guided_generations", "num_injected_completions") if getattr(self, name)]
 
     def _needs_expert(self, args: GRPOConfig, arguments: dict, expert_model) -> bool:
         """Whether an expert model has to be loaded. What is missing is refused; what has no use is named."""
@@ -188,18 +189,19 @@ class SelectiveGuidanceGRPOTrainer(GRPOTrainer):
         return False
 
     def _check_policy(self) -> None:
-        setting = "num_guided_generations" if self.num_guided_generations else "num_injected_completions"
-        if self._is_vlm:
-            raise ValueError(
-                f"{setting} > 0 needs a text model, got a processor with images. Set it to 0 to train this model."
-            )
-        if self.is_fsdp_enabled or (
+        is_sharded = self.is_fsdp_enabled or (
             self.is_deepspeed_enabled and self.accelerator.state.deepspeed_plugin.zero_stage == 3
-        ):
-            raise ValueError(
-                f"{setting} > 0 needs the whole policy on each process, got FSDP or DeepSpeed ZeRO-3, which shard it. Use DDP or "
-                "ZeRO-2, or train an adapter (PEFT)."
-            )
+        )
+        for setting in self._settings_in_use():
+            if self._is_vlm:
+                raise ValueError(
+                    f"{setting} > 0 needs a text model, got a processor with images. Set it to 0 to train this model."
+                )
+            if is_sharded:
+                raise ValueError(
+                    f"{setting} > 0 needs the whole policy on each process, got FSDP or DeepSpeed ZeRO-3, which shard it. Use DDP or "
+                    "ZeRO-2, or train an adapter (PEFT)."
+                )
 
     def _set_up_expert(self, expert_model, expert_processing_class) -> None:
         args = self.args
@@ -302,7 +304,7 @@ class SelectiveGuidanceGRPOTrainer(GRPOTrainer):
 
     def _plan_batch(self, rows: list[dict]) -> GuidedBatch | None:
         """Decide whether this batch is guided: in training, while alpha > 0, with guided rollouts once there is a threshold."""
-        if not (self.num_guided_generations or self.num_injected_completions) or not self.model.training:
+        if not self._settings_in_use() or not self.model.training:
             return None
         coef = self._guidance_coef()
         self._metrics["train"]["guidance/coef"].append(coef)
@@ -711,7 +713,7 @@ class SelectiveGuidanceGRPOTrainer(GRPOTrainer):
 
     def _load_optimizer_and_scheduler(self, checkpoint):
         super()._load_optimizer_and_scheduler(checkpoint)
-        if checkpoint is None or not (self.num_guided_generations or self.num_injected_completions):
+        if checkpoint is None or not self._settings_in_use():
             return
         fresh = []
         with saved_state(Path(checkpoint)) as state:

@@ -96,7 +96,7 @@ def test_the_reader_takes_it_as_it_is(unbroken, tmp_path, is_chat):
     """Through `datasets`, with log-probabilities checked against the tokens that the policy reads."""
     path = unbroken[0] / "out.jsonl"
     if is_chat:
-        path = tmp_path / "out.jsonl"
+        path = tmp_path / "chat" / "out.jsonl"
         rows = ROWS.map(lambda row: {"prompt": [{"role": "user", "content": row["prompt"]}]})
         collect(rows, make_source(chat_template=TEMPLATE), Verifier([]), path)
     tokenizer = AutoTokenizer.from_pretrained(EXPERT)
@@ -109,11 +109,12 @@ def test_the_reader_takes_it_as_it_is(unbroken, tmp_path, is_chat):
         logprobs_column="expert_logprobs",
         sources_column="expert_sources",
         overlong="drop",
+        needs_logprobs=True,
         render=lambda messages, is_prompt: tokenizer.apply_chat_template(
             messages, tokenize=False, add_generation_prompt=is_prompt
         ),
     )
-    rows = load_dataset("json", data_files=str(path), split="train", cache_dir=str(tmp_path))
+    rows = load_dataset(str(path.parent), split="train", cache_dir=str(tmp_path / "cache"))
     reader.check(rows)
     found = [completion for row in rows for completion in reader.read(row)]
     lines = read_lines(unbroken[0] / "out.jsonl")
@@ -158,6 +159,19 @@ def test_a_row_without_any_whole_completion(tmp_path):
     ] * 4
 
 
+def test_a_row_is_on_disk_before_the_next_one_is_asked_for(tmp_path):
+    path, found = tmp_path / "out.jsonl", []
+
+    class Watching(Canned):
+        def complete(self, prompts, first):
+            for _ in prompts:
+                found.append(len(read_lines(path)))
+                yield self.completions
+
+    collect(ROWS.select(range(3)), Watching(Completion("U 1", is_whole=True)), Verifier([]), path)
+    assert found == [0, 1, 2]
+
+
 @pytest.mark.parametrize("share", [0, 0.3, 0.75, 1])
 def test_a_broken_run_goes_on_as_if_unbroken(unbroken, source, tmp_path, share):
     """Cut within a line: what stands there is dropped and done again."""
@@ -200,9 +214,9 @@ def test_a_file_of_other_rows_is_refused_and_left_alone(unbroken, source, tmp_pa
 @pytest.mark.parametrize(
     ("change", "message"),
     [
-        ({"source": make_source(replace(SAMPLING, temperature=0.7))}, "with temperature=1.5 according to out.jsonl.settings, got 0.7"),
+        ({"source": make_source(replace(SAMPLING, temperature=0.7))}, "with temperature=1.5 according to .out.jsonl.settings, got 0.7"),
         ({"source": make_source(replace(SAMPLING, seed=1))}, "with seed=0"),
-        ({"source": make_source(name="other")}, "with expert='expert' according to out.jsonl.settings, got 'other'"),
+        ({"source": make_source(name="other")}, "with expert='expert' according to .out.jsonl.settings, got 'other'"),
         ({"verifier": Verifier([])}, "with verifier={'path_reward': 1.0}"),
         ({"only_above": 0.5}, "with only_above=None"),
     ],
@@ -218,7 +232,7 @@ def test_other_settings_are_refused(unbroken, source, tmp_path, change, message)
 
 def test_a_file_of_somebody_else_is_refused(source, tmp_path):
     (tmp_path / "out.jsonl").write_text("precious\n")
-    with pytest.raises(ValueError, match=r"was made with expert='unknown' according to out\.jsonl\.settings"):
+    with pytest.raises(ValueError, match=r"was made with expert='unknown' according to \.out\.jsonl\.settings"):
         collect(ROWS, source, Verifier([]), tmp_path / "out.jsonl")
     assert (tmp_path / "out.jsonl").read_text() == "precious\n"
 

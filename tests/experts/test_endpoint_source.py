@@ -147,7 +147,7 @@ def test_the_key_is_sent_and_never_shown(tmp_path, monkeypatch, capfd):
     assert error.value.__suppress_context__  # a traceback would quote the server
     assert "sk-secret" not in "".join(capfd.readouterr())
     written = {path.name: path.read_text() for path in tmp_path.iterdir()}
-    assert set(written) == {"out.jsonl", "out.jsonl.settings"}
+    assert set(written) == {"out.jsonl", ".out.jsonl.settings"}
     assert written["out.jsonl"].count("\n") == 1
     assert not any("sk-secret" in text for text in written.values())
 

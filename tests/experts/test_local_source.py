@@ -7,7 +7,8 @@ import torch
 from transformers import AutoTokenizer
 
 from tests.training import EXPERT, path_dataset
-from trl_selective.experts import LocalSource, Sampling, load_expert
+from trl_selective.experts import LocalSource, Sampling, load_expert, local_source
+from trl_selective.sampling.unguided import sample_completions
 
 SAMPLING = Sampling(num_completions=3, max_completion_length=26, temperature=1.5, seed=3)
 PROMPTS = path_dataset(7)["prompt"][:]
@@ -69,10 +70,21 @@ def test_seeds_and_rows_draw_differently(expert):
     assert [each.text for each in same[0]] != [each.text for each in same[1]]
 
 
-@pytest.mark.parametrize("first", [1, 4, 6, 7])
-def test_it_goes_on_within_a_batch_to_the_last_digit(expert, first):
-    source = source_of(expert, batch_size=9)  # 3 rows
-    assert complete(source, first=first) == complete(source)[first:]
+@pytest.mark.parametrize(("first", "num_batches"), [(1, 3), (4, 2), (6, 1), (7, 0)])
+def test_it_goes_on_within_a_batch_to_the_last_digit(expert, monkeypatch, first, num_batches):
+    """By forwards over the same rows: with others beside them, the last digits may differ."""
+    batches = []
+
+    def sample(model, prompt_ids, **settings):
+        batches.append(prompt_ids)
+        return sample_completions(model, prompt_ids, **settings)
+
+    monkeypatch.setattr(local_source, "sample_completions", sample)
+    source = source_of(expert, batch_size=9)  # 3 rows, 3 rows, 1 row
+    expected, whole_run = complete(source), batches.copy()
+    batches.clear()
+    assert complete(source, first=first) == expected[first:]
+    assert batches == whole_run[3 - num_batches :]
 
 
 def test_what_is_cut_off_or_empty_is_not_whole(expert):

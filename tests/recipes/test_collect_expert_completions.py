@@ -104,7 +104,7 @@ def test_another_policy_ends_otherwise(tmp_path, start, capsys):
     kept, without = re.search(r"(\d+) kept, (\d+) of them without", capsys.readouterr().out).groups()
     assert kept == without
     assert int(kept) > 0
-    assert json.loads((tmp_path / "out.jsonl.settings").read_text())["eos_token"] == "~"
+    assert json.loads((tmp_path / ".out.jsonl.settings").read_text())["eos_token"] == "~"
 
 
 @pytest.mark.parametrize(

@@ -1,7 +1,7 @@
 """Makes the columns that `CompletionReader` reads: every row of a dataset with whole completions of an expert, and the verifier's verdict.
 
 One JSON line for each row goes to disk as soon as the row is done, so that memory stays flat and a run that was killed can go on. Beside
-`FILE`, `FILE.settings` holds what the rows depend on, so that one file never mixes two experts or temperatures.
+`FILE`, the hidden `.FILE.settings` holds what the rows depend on, so that one file never mixes two experts or temperatures.
 """
 
 import json
@@ -138,7 +138,9 @@ def _to_json(row: Mapping[str, Any], index: int) -> str:
 
 def _check_settings(path: Path, settings: Mapping[str, Any]) -> None:
     """Write down what the rows depend on, or compare it with what those in the file depend on."""
-    record = path.with_name(f"{path.name}.settings")
+    record = path.with_name(
+        f".{path.name}.settings"
+    )  # hidden, since `load_dataset` of the folder takes all other files for data
     if not path.exists():
         record.write_text(json.dumps(settings, indent=2) + "\n")
         path.touch()  # not before the record is complete
@@ -171,7 +173,7 @@ def _resume(path: Path, rows: Dataset) -> int:
             if differing := [name for name, value in expected.items() if found.get(name) != value]:
                 raise ValueError(
                     f"Row {done} of {path} is not that of the dataset: {differing} differ. The file was made from other data: go on with "
-                    "these, name another file, or delete it."
+                    "that, name another file, or delete it."
                 )
             done += 1
             end += len(line)

@@ -59,6 +59,7 @@ class LocalSource:
             logprobs_column=None,
             sources_column=None,
             overlong="drop",
+            needs_logprobs=False,
             render=lambda messages, is_prompt: self.policy_tokenizer.apply_chat_template(
                 messages, tokenize=False, add_generation_prompt=is_prompt
             ),
