@@ -4,6 +4,7 @@ from typing import Any
 
 import torch
 from peft import LoraConfig, PeftModel, get_peft_model
+from torch import nn
 from transformers import (
     AutoModelForCausalLM,
     Gemma3TextConfig,
@@ -83,3 +84,31 @@ def tiny_adapter(seed: int, **model) -> PeftModel:
             if "lora_" in name:
                 weight.normal_(0, 0.7, generator=generator)
     return adapted
+
+
+class Opaque(nn.Module):
+    """Hides what its model's forward takes."""
+
+    def __init__(self, model):
+        super().__init__()
+        self.model, self.config = model, model.config
+
+    def forward(self, *args, **kwargs):
+        return self.model(*args, **kwargs)
+
+
+class AllLogits(nn.Module):
+    """A model whose forward knows no `logits_to_keep`, and returns those of the whole block."""
+
+    def __init__(self, model):
+        super().__init__()
+        self.model, self.config = model, model.config
+
+    def forward(self, input_ids, attention_mask=None, position_ids=None, past_key_values=None, use_cache=None):
+        return self.model(
+            input_ids=input_ids,
+            attention_mask=attention_mask,
+            position_ids=position_ids,
+            past_key_values=past_key_values,
+            use_cache=use_cache,
+        )

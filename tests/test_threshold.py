@@ -1,11 +1,11 @@
 """The threshold while training: measured once a batch, over all processes, and continued from a checkpoint."""
 
 import json
-import threading
 
 import pytest
 import torch
 
+from tests.processes import Processes
 from trl_selective.threshold import EntropyThreshold
 
 QUANTILE, VOCAB = 0.8, 50
@@ -52,35 +52,6 @@ def test_the_floor_bounds_what_is_measured():
     assert threshold.measure() == 1.5
     see(threshold, torch.full((3,), 2.0))
     assert threshold.measure() == pytest.approx(2.0, abs=BIN)
-
-
-class Processes:
-    """An all-reduce among threads, each of them a process."""
-
-    def __init__(self, num: int):
-        self.num, self.tensors, self.barrier = num, {}, threading.Barrier(num)
-
-    def sum_for(self, rank: int):
-        def total(tensor: torch.Tensor) -> torch.Tensor:
-            self.tensors[rank] = tensor
-            self.barrier.wait()
-            result = sum(self.tensors.values())
-            self.barrier.wait()
-            return result
-
-        return total
-
-    def run(self, work) -> list:
-        results = [None] * self.num
-        threads = [
-            threading.Thread(target=lambda rank=rank: results.__setitem__(rank, work(rank)))
-            for rank in range(self.num)
-        ]
-        for thread in threads:
-            thread.start()
-        for thread in threads:
-            thread.join(timeout=30)
-        return results
 
 
 def test_all_processes_measure_the_quantile_of_all_tokens():

@@ -10,6 +10,7 @@ import math
 import random
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
+from functools import cached_property
 from typing import Any
 
 import torch
@@ -77,6 +78,7 @@ class SampledBatch:
         """Total rewards of the policy's own rollouts, NaN elsewhere: what the baseline is made of."""
         return self.rewards.masked_fill(self.is_guided, torch.nan)
 
+    @cached_property
     def success_rates(self) -> list[float]:
         """Share of the policy's own rollouts that are right, for each group."""
         own = ~self.is_guided
@@ -187,7 +189,7 @@ class Injector:
             step=batch.step,
         )
         completions, survey = self._survey(batch, self.trigger(outcomes).tolist())
-        verdicts = self._judge(survey.prompts, batch.success_rates())
+        verdicts = self._judge(survey.prompts, batch.success_rates)
         allotted = self._allot(outcomes, survey.num_candidates)
         candidates = {
             group: self._candidates(batch, group, found, survey.prompts[group], streams[group])
@@ -196,6 +198,8 @@ class Injector:
         }
         if self.selector.needs_logps:
             self._add_logps(batch, candidates, policy_logps)
+        for found in candidates.values() if self.selector.learners() else ():
+            found.features = features(found)
 
         everything = zip(survey.num_candidates, allotted, strict=True)
         to_score = [n if share else 0 for n, share in everything] if self.selector.needs_gains else allotted
@@ -205,7 +209,7 @@ class Injector:
         if num_rows:
             choices = self._pick(batch, candidates, allotted, lambda pairs: score(pairs, num_rows))
             choices = self.gather(self._place(batch, choices))
-        self._remember(choices, survey.prompts, batch.success_rates())
+        self._remember(choices, survey.prompts, batch.success_rates)
         self.num_batches += 1
         return Injection(
             choices=choices,
@@ -221,7 +225,9 @@ class Injector:
         """The completions of this process's groups, and what all processes have to know of theirs."""
         num_read, num_overlong = self.reader.num_read, self.reader.num_overlong
         rows = {group: batch.rows[batch.first_row(group)] for group in batch.own_groups}
-        completions = {group: self.reader.read(row) if is_triggered[group] else [] for group, row in rows.items()}
+        completions: dict[int, list[ExpertCompletion]] = {group: [] for group in rows}
+        triggered = [group for group in rows if is_triggered[group]]
+        completions |= zip(triggered, self.reader.read_all([rows[group] for group in triggered]), strict=True)
         survey = Survey(
             prompts=[_key(row["prompt"]) for row in rows.values()],
             num_candidates=[len(found) for found in completions.values()],
@@ -269,13 +275,17 @@ class Injector:
         stream: random.Random,
     ) -> Candidates:
         """What a selector may look at."""
-        first, is_guided = batch.first_row(group), batch.is_guided[group].tolist()
+        first, is_guided, rewards = (
+            batch.first_row(group),
+            batch.is_guided[group].tolist(),
+            batch.rewards[group].tolist(),
+        )
         own = [slot for slot in range(batch.num_generations) if not is_guided[slot]]
         return Candidates(
             completions=completions,
             rollouts=[batch.completion_ids[first + slot] for slot in own],
-            rewards=batch.rewards[group, own].tolist(),
-            success_rate=batch.success_rates()[group],
+            rewards=[rewards[slot] for slot in own],
+            success_rate=batch.success_rates[group],
             num_prompt_tokens=len(batch.prompt_ids[first]),
             noise=[stream.random() for _ in completions],
             times_injected=[self.memory.times_injected(prompt, completion.key) for completion in completions],
@@ -311,13 +321,11 @@ class Injector:
 
         picked, choices = [], []
         for group, found in candidates.items():
-            lines, predicted = self._what_is_learnt_from(found)
+            lines, predictions = self._predictions(found)
             for pick in choose(self.selector, found, allotted[group]):
                 picked.append((group, pick.index))
-                completion = found.completions[pick.index]
-                choices.append(
-                    Choice(group, completion, pick.selector, pick.score, lines[pick.index], predicted[pick.index])
-                )
+                completion, line, predicted = found.completions[pick.index], lines[pick.index], predictions[pick.index]
+                choices.append(Choice(group, completion, pick.selector, pick.score, line, predicted))
         if not self.selector.needs_gains:
             rewards = score([(batch.first_row(choice.group), choice.completion) for choice in choices])
             gain_of = dict(zip(picked, rewards.tolist(), strict=True))
@@ -325,23 +333,23 @@ class Injector:
             replace(choice, rewards_per_func=gain_of[which]) for choice, which in zip(choices, picked, strict=True)
         ]
 
-    def _what_is_learnt_from(self, found: Candidates) -> tuple[list, list]:
+    def _predictions(self, found: Candidates) -> tuple[list, list]:
         """Features and prediction of each candidate, None where no selector learns."""
-        learners = self.selector.learners()
-        if not learners:
+        if found.features is None:
             return [None] * len(found), [None] * len(found)
-        lines = features(found)
-        return lines.tolist(), learners[0].model.predict(lines)[0].tolist()
+        return found.features.tolist(), self.selector.learners()[0].model.predict(found.features)[0].tolist()
 
     def _place(self, batch: SampledBatch, choices: list[Choice]) -> list[Choice]:
         """Give each choice that helps the row that can best be spared."""
-        own_mean = batch.own_rewards().nanmean(dim=1).tolist()
+        if not choices:
+            return []
+        given = torch.tensor([choice.rewards_per_func for choice in choices], device=self.reward_weights.device)
+        own_mean = batch.own_rewards().nanmean(dim=1)[[choice.group for choice in choices]]
+        gains = (total_reward(given, self.reward_weights) - own_mean.to(given.device)).tolist()
         spare = {choice.group: self._spare_slots(batch, choice.group) for choice in choices}
         placed = []
-        for choice in choices:
+        for choice, excess in zip(choices, gains, strict=True):
             row = None
-            given = torch.tensor([choice.rewards_per_func], device=self.reward_weights.device)
-            excess = total_reward(given, self.reward_weights).item() - own_mean[choice.group]
             if excess > 0 or (self.keep_failed and not math.isnan(excess)):
                 row = choice.group * batch.num_generations + spare[choice.group].pop(0)
             placed.append(replace(choice, row=row))

@@ -51,6 +51,8 @@ from trl_selective.selection import Selector, Trigger, make_selector, make_trigg
 from trl_selective.state import STATE_FILE, saved_state, write_state
 from trl_selective.threshold import EntropyThreshold
 
+NUM_PROBED = 4  # injected rows of each process whose log-probability is looked at again after the update
+
 
 class SelectiveGuidanceGRPOTrainer(GRPOTrainer):
     """
@@ -382,8 +384,8 @@ class SelectiveGuidanceGRPOTrainer(GRPOTrainer):
 
     def _inject(self, prompt_ids, completions, logprobs) -> tuple[list, list, list | None]:
         """Put selected expert completions into their rows: token ids, decoded completions, log-probabilities of an inference engine."""
-        started, batch = time.perf_counter(), self._batch
         self._log_last_injected()
+        started, batch = time.perf_counter(), self._batch
         rewards, reward_range = self._rewards_by_group(batch.sampled_rewards_per_func)
         process_index = self.accelerator.process_index
         sampled = SampledBatch(
@@ -418,7 +420,8 @@ class SelectiveGuidanceGRPOTrainer(GRPOTrainer):
                 if len(self._pending_extra_logs[column]) == batch.num_rows:
                     self._pending_extra_logs[column][row] = value
         if injection.injected:
-            self._last_injected = [(prompt_ids[row], completion_ids[row]) for row in injected]
+            probed = list(injected)[:NUM_PROBED]
+            self._last_injected = [(prompt_ids[row], completion_ids[row]) for row in probed]
         self._metrics["train"]["guidance/selection_time"].append(time.perf_counter() - started)
         return completion_ids, completions, logprobs
 

@@ -1,6 +1,9 @@
 """The quickstart: train a tiny policy with plain GRPO and with guidance, from the same start, with the same rollouts and updates, and compare.
 
     python recipes/quickstart/run.py
+    python recipes/quickstart/run.py --runs grpo guided selected
+
+`guided` is token-level guidance by the expert model, `selected` gives whole completions of the expert to groups that failed.
 
 Nothing is downloaded: task, policy and expert are beside this file (`--rebuild` makes the models anew, from nothing). Training is started as
 with any model: `accelerate launch recipes/selective_grpo.py --config ...`.
@@ -27,9 +30,9 @@ from trl_selective.evaluation import Evaluation, evaluate
 from trl_selective.reporting.plots import plot_pass_at_k, plot_training_dynamics
 
 HERE = Path(__file__).parent
-SCRIPT = HERE.parent / "selective_grpo.py"
+SCRIPT, COLLECT = HERE.parent / "selective_grpo.py", HERE.parent / "collect_expert_completions.py"
 KS = (1, 2, 4, 8, 16)
-RUNS = ("grpo", "guided")
+RUNS = ("grpo", "guided", "selected")
 
 
 def write_problems(problems: list[Problem], path: Path) -> datasets.Dataset:
@@ -58,11 +61,45 @@ def evaluate_folder(folder: Path, heldout: datasets.Dataset, num_samples: int, n
     )
 
 
+def run(name: str, command: list, output: Path) -> float:
+    """Run a command as a user would, with its output in `NAME.log`. Returns the seconds it took."""
+    path = os.pathsep.join([str(HERE), os.environ.get("PYTHONPATH", "")])  # where task.path_reward is found
+    environment = {**os.environ, "PYTHONPATH": path, "PYTHONWARNINGS": "ignore::FutureWarning"}
+    command = [str(part) for part in command]
+    print(f"\n{name}: " + " ".join(command), flush=True)
+    started = time.perf_counter()
+    log = output / f"{name}.log"
+    with log.open("w") as file:  # what is printed at every step; the progress bar stays on the screen
+        failed = subprocess.run([sys.executable, *command], env=environment, stdout=file, check=False).returncode
+    if failed:
+        sys.exit(f"{name} failed; what it printed is above and in {log}.")
+    return time.perf_counter() - started
+
+
+def options(settings: dict) -> list:
+    return [part for key, value in settings.items() for part in (f"--{key}", value)]
+
+
+def collect(output: Path) -> Path:
+    """Four completions of the expert for each training problem, with the verifier's verdict. Returns the file."""
+    settings = {
+        "dataset_name": output / "train.jsonl",
+        "expert_model_name_or_path": HERE / "expert",
+        "reward_funcs": "task.path_reward",
+        "num_completions": 4,
+        "max_completion_length": MAX_COMPLETION_TOKENS,
+        "batch_size": 256,
+        "output_file": output / "train_with_expert.jsonl",
+    }
+    run("collect", [COLLECT, *options(settings)], output)
+    return settings["output_file"]
+
+
 def train(name: str, output: Path, arguments: argparse.Namespace) -> float:
-    """Start the training script as a user would. Returns the seconds it took."""
+    """Start the training script. Returns the seconds it took."""
     settings = {
         "model_name_or_path": HERE / "policy",
-        "dataset_name": output / "train.jsonl",
+        "dataset_name": collect(output) if name == "selected" else output / "train.jsonl",
         "output_dir": output / name,
         "seed": arguments.seed,
     }
@@ -72,18 +109,8 @@ def train(name: str, output: Path, arguments: argparse.Namespace) -> float:
         settings["max_steps"] = arguments.max_steps
     launch = ["--cpu", "--num_processes=1", "--num_machines=1", "--mixed_precision=no", "--dynamo_backend=no"]
     launch.append("--num_cpu_threads_per_process=1")
-    command = [sys.executable, "-m", "accelerate.commands.launch", *launch, SCRIPT, "--config", HERE / f"{name}.yaml"]
-    command += [part for key, value in settings.items() for part in (f"--{key}", value)]
-    path = os.pathsep.join([str(HERE), os.environ.get("PYTHONPATH", "")])  # where task.path_reward is found
-    environment = {**os.environ, "PYTHONPATH": path, "PYTHONWARNINGS": "ignore::FutureWarning"}
-    print(f"\ntrain {name}: " + " ".join(map(str, command[1:])), flush=True)
-    started = time.perf_counter()
-    log = output / f"{name}.log"
-    with log.open("w") as file:  # what is printed at every step; the progress bar stays on the screen
-        failed = subprocess.run(list(map(str, command)), env=environment, stdout=file, check=False).returncode
-    if failed:
-        sys.exit(f"Training failed; what it printed is above and in {log}.")
-    return time.perf_counter() - started
+    command = ["-m", "accelerate.commands.launch", *launch, SCRIPT, "--config", HERE / f"{name}.yaml"]
+    return run(name, [*command, *options(settings)], output)
 
 
 def table(evaluations: dict[str, Evaluation]) -> str:
@@ -107,6 +134,7 @@ def table(evaluations: dict[str, Evaluation]) -> str:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--output_dir", type=Path, default=Path("outputs/quickstart"))
+    parser.add_argument("--runs", nargs="+", choices=RUNS, default=RUNS[:2], help="what to train")
     parser.add_argument("--seed", type=int, default=0, help="of training")
     parser.add_argument("--max_steps", type=int, help="updates, if not those of the YAML files")
     parser.add_argument("--num_samples", type=int, default=32, help="answers to each held-out problem")
@@ -121,11 +149,11 @@ def main() -> None:
     training, heldout = train_and_heldout()
     write_problems(training, output / "train.jsonl")
     problems = write_problems(heldout, output / "heldout.jsonl")
-    seconds = {name: train(name, output, arguments) for name in RUNS}
+    seconds = {name: train(name, output, arguments) for name in arguments.runs}
 
-    folders = {"start": HERE / "policy", **{name: output / name for name in RUNS}, "expert": HERE / "expert"}
+    folders = {"start": HERE / "policy", **{name: output / name for name in arguments.runs}, "expert": HERE / "expert"}
     evaluations = {name: evaluate_folder(f, problems, arguments.num_samples, name) for name, f in folders.items()}
-    states = {name: json.loads((output / name / "trainer_state.json").read_text()) for name in RUNS}
+    states = {name: json.loads((output / name / "trainer_state.json").read_text()) for name in arguments.runs}
     plot_training_dynamics(
         {name: state["log_history"] for name, state in states.items()}, output / "training_dynamics.png"
     )
@@ -142,13 +170,12 @@ def main() -> None:
     (output / "results.json").write_text(json.dumps(summary, indent=2))
 
     print(f"\n{len(heldout)} held-out problems, {arguments.num_samples} answers to each\n\n{table(evaluations)}\n")
-    for name in RUNS:
+    for name in arguments.runs:
         print(f"{name}: {updates[name]} updates of 128 rollouts each, {seconds[name]:.0f} s")
-    gained = evaluations["guided"].pass_at_k[1] - evaluations["grpo"].pass_at_k[1]
-    print(
-        f"With the same rollouts and updates, guidance is {100 * gained:+.0f} points of pass@1 from plain GRPO.\n"
-        f"Models with their cards, completions, logs, results.json and pictures are in {output}"
-    )
+    for name in set(arguments.runs) - {"grpo"} if "grpo" in arguments.runs else ():
+        gained = evaluations[name].pass_at_k[1] - evaluations["grpo"].pass_at_k[1]
+        print(f"With the same rollouts and updates, {name} is {100 * gained:+.0f} points of pass@1 from plain GRPO.")
+    print(f"Models with their cards, completions, logs, results.json and pictures are in {output}")
 
 
 if __name__ == "__main__":

@@ -4,7 +4,13 @@ import pytest
 import torch
 from trl.trainer import utils as trl_utils
 
-from trl_selective.functional import guided_advantages, on_policy_advantages, reward_span, total_reward
+from trl_selective.functional import (
+    guided_advantages,
+    mixed_group_advantages,
+    on_policy_advantages,
+    reward_span,
+    total_reward,
+)
 from trl_selective.functional.advantages import nanstd
 
 NAN = float("nan")
@@ -124,3 +130,200 @@ def test_each_row_may_have_its_own_range():
     assert guided_advantages(rewards * torch.tensor([1.0, 1.0, NAN]), on_policy, 1.0, spans).tolist() == [
         [1.0, 0.5, 0.0]
     ]
+
+
+# ---- Groups with guided and injected rows ----------------------------------------------------------------------------------------------
+
+SCALES = ["group", "batch", "none"]
+MODES = ["positive_excess", "group"]
+NOBODY = torch.zeros(20, 6, dtype=torch.bool)
+LAST_TWO = torch.arange(6).expand(20, 6) >= 4
+
+
+def random_rewards() -> torch.Tensor:
+    """20 groups of 6, some without a reward here and there, one without any, one without variance."""
+    rewards = torch.rand(20, 6, dtype=torch.float64).masked_fill(torch.rand(20, 6) < 0.15, NAN)
+    rewards[0], rewards[1] = NAN, 0.25
+    return rewards
+
+
+def random_injection(rewards: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    """Rewards of which some were replaced, and which. Half of the groups have none replaced."""
+    is_injected = torch.rand(20, 6) < 0.3
+    is_injected[::2] = False
+    return torch.where(is_injected, torch.rand(20, 6, dtype=torch.float64), rewards), is_injected
+
+
+@pytest.mark.parametrize("mode", MODES)
+@pytest.mark.parametrize("scale_rewards", SCALES)
+def test_without_guided_and_injected_rows_it_is_plain_grpo(scale_rewards, mode):
+    rewards = random_rewards()
+    advantages = mixed_group_advantages(
+        rewards, rewards, NOBODY, NOBODY, 0.5, 1.0, scale_rewards=scale_rewards, injection_advantage=mode
+    )
+    assert torch.equal(advantages, on_policy_advantages(rewards, scale_rewards))
+
+
+@pytest.mark.parametrize("mode", MODES)
+@pytest.mark.parametrize("scale_rewards", SCALES)
+def test_with_guided_rows_alone_it_is_eq_10_and_11(scale_rewards, mode):
+    rewards, reward_range = random_rewards(), 0.5 + torch.rand(20, 6, dtype=torch.float64)
+    advantages = mixed_group_advantages(
+        rewards, rewards, LAST_TWO, NOBODY, 0.5, reward_range, scale_rewards=scale_rewards, injection_advantage=mode
+    )
+    own, guided = rewards[:, :4], rewards[:, 4:]
+    close = {"rtol": 0, "atol": 1e-12}
+    torch.testing.assert_close(advantages[:, :4], on_policy_advantages(own, scale_rewards), **close)
+    torch.testing.assert_close(advantages[:, 4:], guided_advantages(guided, own, 0.5, reward_range[:, 4:]), **close)
+    assert advantages[:, 4:].any()
+
+
+@pytest.mark.parametrize("is_guided", [NOBODY, LAST_TWO], ids=["injected", "injected_and_guided"])
+@pytest.mark.parametrize("scale_rewards", SCALES)
+def test_rows_that_stay_keep_their_advantage_when_others_are_replaced(scale_rewards, is_guided):
+    sampled = random_rewards()
+    rewards, is_injected = random_injection(sampled)
+    with_injection, without = (
+        mixed_group_advantages(sampled, now, is_guided, replaced, 0.5, 1.0, scale_rewards=scale_rewards)
+        for now, replaced in ((rewards, is_injected), (sampled, NOBODY))
+    )
+    assert torch.equal(with_injection[~is_injected], without[~is_injected])
+    # and an injected row counts by its positive excess over the baseline as it was sampled
+    excess = rewards - sampled.masked_fill(is_guided, NAN).nanmean(1, keepdim=True)
+    expected = (0.5 * excess.clamp(min=0)).nan_to_num(nan=0.0)
+    torch.testing.assert_close(with_injection[is_injected], expected[is_injected])
+    assert with_injection[is_injected].any()
+
+
+def test_positive_excess_in_numbers():
+    # The policy's own rollouts got 0, 0, 1, the guided one 1. The third and the guided one make room for completions with rewards 1 and 0.
+    sampled, rewards = torch.tensor([[0.0, 0.0, 1.0, 1.0]]), torch.tensor([[0.0, 0.0, 1.0, 0.0]])
+    is_guided, is_injected = torch.tensor([[False, False, False, True]]), torch.tensor([[False, False, True, True]])
+    # mean_on = 1/3 over all three, the replaced one included; 0.5 (1 - 1/3) / 2 = 1/6; the failed one is ignored
+    advantages = mixed_group_advantages(sampled, rewards, is_guided, is_injected, 0.5, 2.0, scale_rewards="none")
+    torch.testing.assert_close(advantages, torch.tensor([[-1 / 3, -1 / 3, 1 / 6, 0.0]]))
+
+
+@pytest.mark.parametrize("scale_rewards", SCALES)
+def test_inside_the_group_it_is_plain_grpo_over_the_rows_that_are_there_now(scale_rewards):
+    sampled = random_rewards()
+    rewards, is_injected = random_injection(sampled)
+    advantages = mixed_group_advantages(
+        sampled, rewards, NOBODY, is_injected, 0.5, 1.0, scale_rewards=scale_rewards, injection_advantage="group"
+    )
+    now, before = on_policy_advantages(rewards, scale_rewards), on_policy_advantages(sampled, scale_rewards)
+    has_injected = is_injected.any(1)
+    expected = torch.where(has_injected[:, None], now, before)
+    expected[is_injected] *= 0.5  # alpha
+    assert torch.equal(advantages, expected)
+    assert (now - before)[has_injected].abs().max() > 0.1
+    # With alpha = 1 and one injected row in each group it is what LUFFY computes.
+    is_injected = torch.arange(6).expand(20, 6) == 5
+    rewards = torch.where(is_injected, 1.0, sampled)
+    luffy = mixed_group_advantages(
+        sampled, rewards, NOBODY, is_injected, 1.0, 1.0, scale_rewards=scale_rewards, injection_advantage="group"
+    )
+    assert torch.equal(luffy, on_policy_advantages(rewards, scale_rewards))
+
+
+def test_inside_the_group_in_numbers():
+    sampled, rewards = (
+        torch.tensor([[0.0, 0.0, 0.0], [0.0, 1.0, 0.0]]),
+        torch.tensor([[0.0, 0.0, 1.0], [0.0, 1.0, 0.0]]),
+    )
+    is_injected = torch.tensor([[False, False, True], [False, False, False]])
+    advantages = mixed_group_advantages(
+        sampled,
+        rewards,
+        torch.zeros_like(is_injected),
+        is_injected,
+        0.5,
+        1.0,
+        scale_rewards="none",
+        injection_advantage="group",
+    )
+    # mean 1/3: -1/3, -1/3, and 0.5 * 2/3 for the injected row; the other group has nothing injected, and nothing halved
+    torch.testing.assert_close(advantages, torch.tensor([[-1 / 3, -1 / 3, 1 / 3], [-1 / 3, 2 / 3, -1 / 3]]))
+
+
+@pytest.mark.parametrize("scale_rewards", SCALES)
+def test_inside_the_group_guided_rows_stay_apart(scale_rewards):
+    """They move no baseline, neither that of the rows that stay nor that of injected ones; a guided row that was replaced is injected."""
+    sampled = random_rewards()
+    rewards, is_injected = random_injection(sampled)
+    rewards[3, 5], is_injected[3, 5] = 0.9, True
+    options = {"scale_rewards": scale_rewards, "injection_advantage": "group"}
+    advantages = mixed_group_advantages(sampled, rewards, LAST_TWO, is_injected, 0.5, 1.0, **options)
+    guided = LAST_TWO & ~is_injected
+    as_if_unscored = on_policy_advantages(rewards.masked_fill(guided, NAN), scale_rewards)
+    rows = is_injected.any(1, keepdim=True) & ~guided
+    torch.testing.assert_close(advantages[rows & ~is_injected], as_if_unscored[rows & ~is_injected])
+    torch.testing.assert_close(advantages[is_injected], 0.5 * as_if_unscored[is_injected])
+    apart = mixed_group_advantages(sampled, sampled, LAST_TWO, NOBODY, 0.5, 1.0, **options)
+    assert torch.equal(advantages[guided], apart[guided])
+
+
+def test_a_failed_injected_row_is_ignored_or_punished():
+    sampled = torch.tensor([[1.0, 0.0, 1.0, 0.0]])
+    rewards, is_injected = torch.tensor([[1.0, 0.0, 1.0, 0.0]]), torch.tensor([[False, False, False, True]])
+    ignored, punished = (
+        mixed_group_advantages(sampled, rewards, NOBODY[:1, :4], is_injected, 1.0, 1.0, injection_advantage=mode)
+        for mode in MODES
+    )
+    assert ignored[0, 3] == 0
+    assert punished[0, 3].item() == pytest.approx(-0.865875, abs=1e-6)  # -0.5 / (0.577350 + 0.0001)
+
+
+@pytest.mark.parametrize("mode", MODES)
+@pytest.mark.parametrize("scale_rewards", SCALES)
+def test_order_inside_a_mixed_group_does_not_matter(scale_rewards, mode):
+    sampled = random_rewards()
+    rewards, is_injected = random_injection(sampled)
+    is_guided, reward_range = torch.rand(20, 6) < 0.3, 0.5 + torch.rand(20, 6, dtype=torch.float64)
+    options = {"scale_rewards": scale_rewards, "injection_advantage": mode}
+    order = torch.randperm(6)
+    straight = mixed_group_advantages(sampled, rewards, is_guided, is_injected, 0.5, reward_range, **options)
+    inputs = [values[:, order] for values in (sampled, rewards, is_guided, is_injected)]
+    permuted = mixed_group_advantages(*inputs, 0.5, reward_range[:, order], **options)
+    torch.testing.assert_close(permuted, straight[:, order], rtol=0, atol=1e-9)
+
+
+@pytest.mark.parametrize("mode", MODES)
+@pytest.mark.parametrize("scale_rewards", ["group", "none"])
+def test_groups_know_nothing_of_each_other(scale_rewards, mode):
+    sampled = random_rewards()
+    rewards, is_injected = random_injection(sampled)
+    options = {"scale_rewards": scale_rewards, "injection_advantage": mode}
+    together = mixed_group_advantages(sampled, rewards, LAST_TWO, is_injected, 0.5, 1.0, **options)
+    for group in range(20):
+        own = slice(group, group + 1)
+        alone = mixed_group_advantages(
+            sampled[own], rewards[own], LAST_TWO[own], is_injected[own], 0.5, 1.0, **options
+        )
+        assert torch.equal(together[own], alone)
+    without = mixed_group_advantages(sampled, sampled, LAST_TWO, NOBODY, 0.5, 1.0, **options)
+    untouched = ~is_injected.any(1)
+    assert torch.equal(together[untouched], without[untouched])
+
+
+@pytest.mark.parametrize("mode", MODES)
+@pytest.mark.parametrize("scale_rewards", SCALES)
+def test_a_row_without_a_reward_has_no_advantage_in_a_mixed_group(scale_rewards, mode):
+    sampled = random_rewards()
+    rewards, is_injected = random_injection(sampled)
+    rewards[is_injected & (torch.rand(20, 6) < 0.3)] = NAN
+    advantages = mixed_group_advantages(
+        sampled, rewards, LAST_TWO, is_injected, 0.5, 1.0, scale_rewards=scale_rewards, injection_advantage=mode
+    )
+    assert rewards.isnan()[is_injected].any()
+    assert advantages.isfinite().all()
+    assert not advantages[rewards.isnan()].any()
+
+
+@pytest.mark.parametrize("mode", MODES)
+def test_alpha_0_leaves_injected_rows_without_effect_of_their_own(mode):
+    sampled = random_rewards()
+    rewards, is_injected = random_injection(sampled)
+    advantages = mixed_group_advantages(sampled, rewards, NOBODY, is_injected, 0.0, 1.0, injection_advantage=mode)
+    assert not advantages[is_injected].any()
+    assert advantages[~is_injected].any()

@@ -5,7 +5,7 @@ from itertools import combinations
 import pytest
 import torch
 
-from trl_selective.functional import distinct_n, pairwise_overlap, pass_at_k
+from trl_selective.functional import distinct_n, jaccard, n_grams, pairwise_overlap, pass_at_k
 
 
 @pytest.mark.parametrize("n", [1, 2, 5, 8])
@@ -65,3 +65,20 @@ def test_pairwise_overlap():
     assert pairwise_overlap([[1], []]) == 1.0
     assert pairwise_overlap([[1], [1, 2]]) == 0.0
     assert pairwise_overlap([[1, 2]]) != pairwise_overlap([[1, 2]])  # NaN
+
+
+def test_jaccard():
+    assert jaccard({1, 2, 3}, {2, 3, 4}) == jaccard({2, 3, 4}, {1, 2, 3}) == pytest.approx(2 / 4)
+    assert jaccard({1, 2}, {1, 2}) == 1.0
+    assert jaccard({1}, {2}) == 0.0
+    assert jaccard(set(), {2}) == jaccard({2}, set()) == 0.0
+    assert jaccard(set(), set()) == 1.0
+
+
+@pytest.mark.parametrize(
+    ("n", "expected"),
+    [(1, [(1,), (2,), (1,), (2,)]), (2, [(1, 2), (2, 1), (1, 2)]), (4, [(1, 2, 1, 2)]), (5, [])],
+)
+def test_n_grams_in_order_and_with_repetitions(n, expected):
+    assert n_grams([1, 2, 1, 2], n) == n_grams((1, 2, 1, 2), n) == expected
+    assert n_grams([], n) == []

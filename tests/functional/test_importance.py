@@ -8,6 +8,7 @@ import torch
 from trl_selective.functional import (
     effective_sample_size,
     guided_importance_weight,
+    injected_importance_weight,
     masked_importance_weight,
     mixed_policy,
     policy_shaping_weight,
@@ -151,3 +152,120 @@ def test_effective_sample_size():
     assert effective_sample_size(torch.tensor([[3.0], [1.0]])).item() == pytest.approx(0.8)
     assert effective_sample_size(torch.zeros(3)).isnan()
     assert effective_sample_size(torch.zeros(0)).isnan()
+
+
+# ---- Injected completions --------------------------------------------------------------------------------------------------------------
+
+MASK = torch.tensor([[1, 1, 1, 1, 1], [1, 1, 0, 0, 0], [0, 1, 1, 1, 0], [0, 0, 0, 0, 0]])
+INJECTED = MASK.any(1)
+GAMMA = 0.1
+
+
+def shaped(probs: torch.Tensor) -> torch.Tensor:
+    return probs / (probs + GAMMA)
+
+
+def written_objective(correction: str, log_probs, behaviour, max_ratio: float) -> torch.Tensor:
+    """The table of `injected_importance_weight` for one completion with A = 1. No mask: only its own tokens are given."""
+    if correction == "policy_shaping":
+        return shaped(log_probs.exp()).sum()
+    if correction == "sequence_policy_shaping":
+        return len(log_probs) * shaped(log_probs.mean().exp())
+    if correction == "none":
+        return log_probs.sum()
+    ratio = (log_probs.exp() / behaviour.exp()).detach()
+    ratio = ratio if correction == "truncated" else ratio.prod()
+    return (ratio.clamp(max=max_ratio) * log_probs).sum()
+
+
+@pytest.mark.parametrize(
+    ("correction", "max_ratio"),
+    [
+        ("policy_shaping", 1.0),
+        ("sequence_policy_shaping", 1.0),
+        *((name, bound) for name in ("truncated", "sequence_truncated") for bound in (0.8, 2.0, math.inf)),
+        ("none", 1.0),
+    ],
+)
+def test_injected_weights_give_the_gradient_of_the_written_objective(correction, max_ratio):
+    """With respect to the logits behind log pi: the weight times the gradient of log pi, for all tokens and completions."""
+    logits = torch.randn(4, 5, VOCAB, dtype=torch.float64, requires_grad=True)
+    tokens = torch.randint(VOCAB, (4, 5, 1))
+    behaviour = random_laws(4, 5).gather(-1, tokens).squeeze(-1).log()
+    log_probs = logits.log_softmax(-1).gather(-1, tokens).squeeze(-1)
+    objective = sum(
+        written_objective(correction, log_probs[row][MASK[row].bool()], behaviour[row][MASK[row].bool()], max_ratio)
+        for row in range(3)
+    )
+    (expected,) = torch.autograd.grad(objective, logits, retain_graph=True)
+
+    weights = injected_importance_weight(
+        log_probs.detach(), behaviour, MASK, correction, gamma=GAMMA, max_ratio=max_ratio
+    )
+    (gradient,) = torch.autograd.grad((weights * log_probs * MASK).sum(), logits)
+    assert expected.abs().max() > 0.01
+    torch.testing.assert_close(gradient, expected, rtol=0, atol=1e-6)
+    if "truncated" in correction and math.isfinite(max_ratio):  # the bound is met by some and not by others
+        injected = weights.expand_as(MASK)[MASK.bool()]
+        assert (injected == max_ratio).any()
+        assert (injected < max_ratio).any()
+
+
+@pytest.mark.parametrize(
+    ("correction", "max_ratio", "expected"),
+    [
+        # A completion of two tokens with pi = 0.1, 0.4 and pi_b = 0.2, 0.1, a row that is not injected, and one token with pi = pi_b = 0.9.
+        # 0.1 * 0.1 / 0.2^2 = 0.25, 0.1 * 0.4 / 0.5^2 = 0.16; 0.1 * 0.9 / 1^2 = 0.09
+        ("policy_shaping", 1.0, [[0.25, 0.16, 1.0], [1.0, 1.0, 1.0], [0.09, 1.0, 1.0]]),
+        # the geometric mean of 0.1 and 0.4 is 0.2: 0.1 * 0.2 / 0.3^2 = 2/9
+        ("sequence_policy_shaping", 1.0, [[2 / 9], [1.0], [0.09]]),
+        # 0.1 / 0.2 = 0.5, 0.4 / 0.1 = 4; their product is 2
+        ("truncated", math.inf, [[0.5, 4.0, 1.0], [1.0, 1.0, 1.0], [1.0, 1.0, 1.0]]),
+        ("truncated", 3.0, [[0.5, 3.0, 1.0], [1.0, 1.0, 1.0], [1.0, 1.0, 1.0]]),
+        ("truncated", 0.4, [[0.4, 0.4, 1.0], [1.0, 1.0, 1.0], [0.4, 1.0, 1.0]]),
+        ("sequence_truncated", math.inf, [[2.0], [1.0], [1.0]]),
+        ("sequence_truncated", 1.5, [[1.5], [1.0], [1.0]]),
+        ("sequence_truncated", 0.4, [[0.4], [1.0], [0.4]]),
+        ("none", 1.0, [[1.0], [1.0], [1.0]]),
+    ],
+)
+def test_injected_weights_in_numbers(correction, max_ratio, expected):
+    log_probs = torch.stack([logs(0.1, 0.4, 0.3), logs(0.5, 0.5, 0.5), logs(0.9, 0.2, 0.2)])
+    behaviour = torch.stack([logs(0.2, 0.1, 0.9), logs(0.1, 0.1, 0.1), logs(0.9, 0.1, 0.1)])
+    mask = torch.tensor([[1, 1, 0], [0, 0, 0], [1, 0, 0]])
+    weights = injected_importance_weight(log_probs, behaviour, mask.bool(), correction, max_ratio=max_ratio)
+    torch.testing.assert_close(weights, torch.tensor(expected, dtype=torch.float64))
+
+
+@pytest.mark.parametrize("gamma", [0.01, 0.5])
+def test_gamma_is_where_an_injected_token_weighs_most(gamma):
+    log_probs = torch.linspace(-9, 0, 1001, dtype=torch.float64).unsqueeze(0)
+    weights = injected_importance_weight(
+        log_probs, None, torch.ones_like(log_probs).bool(), "policy_shaping", gamma=gamma
+    )
+    assert log_probs[0, weights.argmax()].exp().item() == pytest.approx(gamma, rel=0.01)
+    mean = injected_importance_weight(
+        logs(gamma / 2, gamma * 2).unsqueeze(0), None, torch.ones(1, 2).bool(), "sequence_policy_shaping", gamma=gamma
+    )
+    assert mean.item() == pytest.approx(0.25)  # the geometric mean is gamma
+
+
+@pytest.mark.parametrize(
+    "correction", ["policy_shaping", "sequence_policy_shaping", "truncated", "sequence_truncated"]
+)
+def test_what_is_not_injected_has_the_weight_1_whatever_stands_there(correction):
+    log_probs, behaviour = random_laws(4)[:, :5].log(), random_laws(4)[:, :5].log()
+    weights = injected_importance_weight(log_probs, behaviour, MASK, correction, max_ratio=0.5)
+    garbage = torch.where(MASK.bool(), 0.0, torch.tensor([torch.nan, torch.inf, -torch.inf, torch.nan, -1e30]))
+    spoilt = injected_importance_weight(log_probs + garbage, behaviour - garbage, MASK, correction, max_ratio=0.5)
+    assert torch.equal(spoilt, weights)
+    assert (weights[~INJECTED] == 1).all()
+    if weights.size(1) > 1:
+        assert (weights[~MASK.bool()] == 1).all()
+    assert (weights[INJECTED].expand(3, 5)[MASK[INJECTED].bool()] < 1).all()
+
+
+@pytest.mark.parametrize("correction", ["truncated", "sequence_truncated"])
+def test_a_ratio_needs_the_experts_log_probabilities(correction):
+    with pytest.raises(AssertionError, match=f"{correction} needs log-probabilities of the behaviour policy"):
+        injected_importance_weight(torch.zeros(1, 2), None, torch.ones(1, 2).bool(), correction)

@@ -5,9 +5,8 @@ from functools import partial
 import pytest
 import torch
 from peft import PrefixTuningConfig, get_peft_model
-from torch import nn
 
-from tests.models import FORGETFUL, MINDFUL, tiny_adapter, tiny_model
+from tests.models import FORGETFUL, MINDFUL, AllLogits, Opaque, tiny_adapter, tiny_model
 from tests.sampling.reference import PROMPTS, Guidance, assert_recorded, expected_record, fresh_probs
 from trl_selective.sampling import SpeculativeSampler, can_forget_tokens
 
@@ -77,17 +76,6 @@ def test_padded_heads(kind, policy_head, expert_head):
     assert_recorded(rollout, policy, expert, PROMPTS * 20, RAMP)
 
 
-class Opaque(nn.Module):
-    """Hides what its model's forward takes."""
-
-    def __init__(self, model):
-        super().__init__()
-        self.model, self.config = model, model.config
-
-    def forward(self, *args, **kwargs):
-        return self.model(*args, **kwargs)
-
-
 @pytest.mark.parametrize("kind", KINDS)
 @pytest.mark.parametrize("wrap", [Opaque, partial(torch.compile, backend="eager")], ids=["opaque", "compiled"])
 def test_wrappers_that_hide_the_signature(kind, wrap):
@@ -122,23 +110,6 @@ def test_the_padding_of_a_long_prompt_leaves_with_it():
     assert max(widths[:long]) >= 30
     assert max(widths[long:]) <= 1 + 2 + max(others)
     assert_recorded(rollout, policy, expert, prompts, RAMP)
-
-
-class AllLogits(nn.Module):
-    """A model whose forward knows no `logits_to_keep`, and returns those of the whole block."""
-
-    def __init__(self, model):
-        super().__init__()
-        self.model, self.config = model, model.config
-
-    def forward(self, input_ids, attention_mask=None, position_ids=None, past_key_values=None, use_cache=None):
-        return self.model(
-            input_ids=input_ids,
-            attention_mask=attention_mask,
-            position_ids=position_ids,
-            past_key_values=past_key_values,
-            use_cache=use_cache,
-        )
 
 
 @pytest.mark.parametrize("kind", KINDS)

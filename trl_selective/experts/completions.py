@@ -8,6 +8,7 @@ import hashlib
 import math
 from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
+from functools import cached_property
 from typing import Any
 
 from transformers import PreTrainedTokenizerBase
@@ -96,41 +97,51 @@ class CompletionReader:
         self.num_read = self.num_overlong = 0
 
     def read(self, row: Mapping[str, Any], where: str | None = None) -> list[ExpertCompletion]:
-        """The completions of a row that fit, in their order.
+        """The completions of one row: see `read_all`."""
+        return self.read_all([row], None if where is None else [where])[0]
+
+    def read_all(
+        self, rows: Sequence[Mapping[str, Any]], names: Sequence[str] | None = None
+    ) -> list[list[ExpertCompletion]]:
+        """The completions that fit of each row, in their order, tokenised in one go.
 
         Args:
-            row: a row of the dataset, with the column `prompt`.
-            where: how to name it in a message.
+            rows: rows of the dataset, with the column `prompt`.
+            names: how to name each in a message.
 
         Raises:
-            ValueError: if the row is malformed.
+            ValueError: if a row is malformed.
         """
-        where = where or f"The row with the prompt {_preview(row['prompt'])}"
-        completions = self._completions(row, where)
-        logprobs = self._aligned(row, self.logprobs_column, len(completions), where)
-        sources = self._aligned(row, self.sources_column, len(completions), where)
+        names = names or [f"The row with the prompt {_preview(row['prompt'])}" for row in rows]
+        completions = [self._completions(row, name) for row, name in zip(rows, names, strict=True)]
+        texts = [
+            self._text(row["prompt"], completion, f"{name}, completion {number}")
+            for row, name, found in zip(rows, names, completions, strict=True)
+            for number, completion in enumerate(found)
+        ]
+        token_ids = iter(self._tokenize(texts))
+        return [
+            self._fitting(row, [next(token_ids) for _ in found], name)
+            for row, name, found in zip(rows, names, completions, strict=True)
+        ]
+
+    def _fitting(self, row: Mapping[str, Any], all_token_ids: list[list[int]], where: str) -> list[ExpertCompletion]:
+        """The completions of a row with these tokens, without those that are too long."""
+        logprobs = self._aligned(row, self.logprobs_column, len(all_token_ids), where)
+        sources = self._aligned(row, self.sources_column, len(all_token_ids), where)
         found = []
-        for number, (completion, logps, source) in enumerate(zip(completions, logprobs, sources, strict=True)):
+        for number, (token_ids, logps, source) in enumerate(zip(all_token_ids, logprobs, sources, strict=True)):
             which = f"{where}, completion {number}"
-            token_ids = self._tokenize(row["prompt"], completion, which)
             self._check_logps(logps, token_ids, which)
             if source is not None and not isinstance(source, str):
                 raise ValueError(
                     f"{which} has the source {source!r} in {self.sources_column!r}, expected a name or None."
                 )
             self.num_read += 1
-            if len(token_ids) > self.max_completion_length:
-                self.num_overlong += 1
-                if self.overlong == "drop":
-                    continue
-                token_ids = token_ids[: self.max_completion_length]
-            found.append(
-                ExpertCompletion(
-                    token_ids=tuple(token_ids),
-                    logps=None if logps is None else tuple(logps[: len(token_ids)]),
-                    source=source,
-                )
-            )
+            self.num_overlong += len(token_ids) > self.max_completion_length
+            if len(token_ids) <= self.max_completion_length or self.overlong == "truncate":
+                ids = tuple(token_ids[: self.max_completion_length])
+                found.append(ExpertCompletion(ids, None if logps is None else tuple(logps[: len(ids)]), source))
         return found
 
     def _completions(self, row: Mapping[str, Any], where: str) -> list[Any]:
@@ -174,9 +185,13 @@ class CompletionReader:
                 f"{which} is {_preview(completion)}, expected one message with the role 'assistant' and a text as its content."
             )
 
+    @cached_property
+    def _special_tokens(self) -> list[str]:
+        return self.tokenizer.all_special_tokens  # made anew each time that it is asked for
+
     def _is_blank(self, text: str) -> bool:
         """Whether nothing is left but blanks and special tokens."""
-        for token in self.tokenizer.all_special_tokens:
+        for token in self._special_tokens:
             text = text.replace(token, "")
         return not text.strip()
 
@@ -192,19 +207,32 @@ class CompletionReader:
             raise ValueError(f"{where} has {size} in {column!r}, expected one for each of its {number} completions.")
         return list(value)
 
-    def _tokenize(self, prompt: Any, completion: Any, which: str) -> list[int]:
-        """What follows the prompt's tokens if the policy answers with this completion, up to the end token."""
-        if not isinstance(completion, str):
-            text, prefix = self.render([*prompt, *completion], False), self.render(prompt, True)
-            if not text.startswith(prefix):
-                raise ValueError(
-                    f"{which}: the chat template shows the prompt as {prefix[-PREVIEW:]!r} before an answer, but a conversation with this "
-                    f"answer does not begin so. Give the completion as a text: all that follows the prompt, such as {text[-PREVIEW:]!r}."
-                )
-            completion = text[len(prefix) :]
-        token_ids = self.tokenizer(text=completion, add_special_tokens=False)["input_ids"]
-        ends = [position for position, token in enumerate(token_ids) if token in self.eos_token_ids]
-        return token_ids[: ends[0] + 1] if ends else [*token_ids, self.eos_token_ids[0]]
+    def _text(self, prompt: Any, completion: Any, which: str) -> str:
+        """What follows the prompt if the policy answers with this completion."""
+        if isinstance(completion, str):
+            return completion
+        text, prefix = self.render([*prompt, *completion], False), self.render(prompt, True)
+        if not text.startswith(prefix):
+            raise ValueError(
+                f"{which}: the chat template shows the prompt as {prefix[-PREVIEW:]!r} before an answer, but a conversation with this "
+                f"answer does not begin so. Give the completion as a text: all that follows the prompt, such as {text[-PREVIEW:]!r}."
+            )
+        content, answer = completion[0]["content"], text[len(prefix) :]
+        if "".join(content.split()) not in "".join(answer.split()):
+            raise ValueError(
+                f"{which}: the chat template shows only {_preview(answer)} of {_preview(content)}; some templates leave thoughts out. "
+                "Give the completion as a text: all that follows the prompt."
+            )
+        return answer
+
+    def _tokenize(self, texts: list[str]) -> list[list[int]]:
+        """Token ids of each text up to its end token, which is appended where there is none."""
+        rows = self.tokenizer(text=texts, add_special_tokens=False)["input_ids"] if texts else []
+        ends = [next((i for i, token in enumerate(ids) if token in self.eos_token_ids), None) for ids in rows]
+        return [
+            [*ids, self.eos_token_ids[0]] if end is None else ids[: end + 1]
+            for ids, end in zip(rows, ends, strict=True)
+        ]
 
     def _check_logps(self, logps: Any, token_ids: Collection[int], which: str) -> None:
         if logps is None:

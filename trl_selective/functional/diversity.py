@@ -62,7 +62,8 @@ def pairwise_overlap(completions: Sequence[Sequence[Hashable]], n: int = 2) -> f
 
 def jaccard(a: Set[Hashable], b: Set[Hashable]) -> float:
     """Shared share of two sets: 1 if they are alike, also if both are empty; 0 if they have nothing in common."""
-    return len(a & b) / len(a | b) if a | b else 1.0
+    shared = len(a & b)
+    return shared / (len(a) + len(b) - shared) if a or b else 1.0
 
 
 def n_grams(tokens: Sequence[Hashable], n: int) -> list[tuple[Hashable, ...]]:

@@ -3,6 +3,9 @@
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 
+from jaxtyping import Float
+from torch import Tensor
+
 from trl_selective.experts import ExpertCompletion
 from trl_selective.functional.diversity import jaccard, n_grams
 
@@ -22,6 +25,7 @@ class Candidates:
         chosen: indices of the completions that were chosen already.
         logps: mean log pi_theta per token of each completion under the current policy; only where a selector asks for it.
         gains: reward of each completion minus the mean of the group's own, NaN where no function scored it; only where asked for.
+        features: what a selector that learns goes by, one line for each completion; only where there is one.
     """
 
     completions: Sequence[ExpertCompletion]
@@ -34,6 +38,7 @@ class Candidates:
     chosen: list[int] = field(default_factory=list)
     logps: Sequence[float] | None = None
     gains: Sequence[float] | None = None
+    features: Float[Tensor, "completions features"] | None = None
 
     def __len__(self) -> int:
         return len(self.completions)
@@ -51,6 +56,6 @@ class Candidates:
 
     def novelty(self, n: int) -> list[float]:
         """1 - the largest n-gram overlap (Jaccard) of each completion with anything `seen`: 0 for a repetition, 1 for something all new."""
-        seen = [set(n_grams(text, n)) for text in self.seen()]
-        own = [set(n_grams(completion.token_ids, n)) for completion in self.completions]
+        seen = {frozenset(n_grams(text, n)) for text in self.seen()}
+        own = [frozenset(n_grams(completion.token_ids, n)) for completion in self.completions]
         return [1 - max((jaccard(grams, other) for other in seen), default=0.0) for grams in own]

@@ -21,14 +21,16 @@ from trl_selective.selection.candidates import Candidates
 from trl_selective.selection.selectors import Selector
 
 NUM_SOURCES = 8  # sources are told apart by a hash into this many features
-NUM_FEATURES = 7 + NUM_SOURCES
+NUM_FEATURES = 6 + NUM_SOURCES
 NUM_BINS = 10  # of predictions in [-1, 1], for the calibration
 PRIOR_VARIANCE = 0.25  # of a change, as if seen once
 
 
 def features(candidates: Candidates) -> Float[Tensor, "completions features"]:
-    """One line of about unit size for each completion."""
-    assert candidates.logps is not None
+    """One line of about unit size for each completion.
+
+    The policy's log-probabilities are not among them: they would cost a forward pass over all candidates. `learned & learnable` has both.
+    """
     mean_length = sum(map(len, candidates.rollouts)) / len(candidates.rollouts)
     novelty = candidates.novelty(3)
     lines = []
@@ -43,7 +45,6 @@ def features(candidates: Candidates) -> Float[Tensor, "completions features"]:
                 candidates.success_rate,
                 math.log(candidates.num_prompt_tokens) / 10,
                 max(-1.0, min(1.0, math.log(length / mean_length) / 2)),
-                max(-1.0, candidates.logps[index] / 5),
                 novelty[index],
                 min(1.0, candidates.times_injected[index] / 4),
                 *source,
@@ -71,6 +72,7 @@ class GainModel:
     num_outcomes: int = 0
     sum_of_squares: float = 0.0
     bins: Float[Tensor, "bins 3"] = field(default=None)  # type: ignore[assignment]
+    _solution: tuple[Tensor, Tensor] | None = field(default=None, init=False, repr=False)  # until the next outcome
 
     def __post_init__(self):
         if self.precision is None:
@@ -82,11 +84,17 @@ class GainModel:
         self, lines: Float[Tensor, "completions features"]
     ) -> tuple[Float[Tensor, "completions"], Float[Tensor, "completions"]]:
         """Mean of the change to expect, and the standard deviation of that mean."""
-        coefficients = torch.linalg.solve(self.precision, self.moment)
+        if self._solution is None:
+            self._solution = self._solve()
+        coefficients, covariance = self._solution
+        return lines @ coefficients, (lines @ covariance * lines).sum(1).sqrt()
+
+    def _solve(self) -> tuple[Float[Tensor, "features"], Float[Tensor, "features features"]]:
+        """Mean and covariance of the coefficients. The variance of an outcome is estimated from what the mean leaves unexplained."""
+        inverse = torch.linalg.inv(self.precision)
+        coefficients = inverse @ self.moment
         residual = max(0.0, self.sum_of_squares - (self.moment @ coefficients).item())
-        variance = (PRIOR_VARIANCE + residual) / (1 + self.num_outcomes)
-        spread = (lines * torch.linalg.solve(self.precision, lines.T).T).sum(1)
-        return lines @ coefficients, (variance * spread).sqrt()
+        return coefficients, inverse * (PRIOR_VARIANCE + residual) / (1 + self.num_outcomes)
 
     def update(self, line: Float[Tensor, "features"], predicted: float, change: float) -> None:
         """Learn from one outcome.
@@ -97,6 +105,7 @@ class GainModel:
             change: of the success rate, in [-1, 1].
         """
         self.precision = self.precision + line.outer(line)
+        self._solution = None
         self.moment = self.moment + change * line
         self.num_outcomes += 1
         self.sum_of_squares += change**2
@@ -131,6 +140,7 @@ class GainModel:
                     f"{name} has the shape {tuple(value.shape)}, expected {tuple(getattr(self, name).shape)}"
                 )
         self.precision, self.moment, self.bins = loaded["precision"], loaded["moment"], loaded["bins"]
+        self._solution = None
         self.num_outcomes, self.sum_of_squares = int(state["num_outcomes"]), float(state["sum_of_squares"])
 
 
@@ -147,10 +157,10 @@ class Learned(Selector):
     exploration: float = 1.0
 
     name = "learned"
-    needs_logps = True
 
     def scores(self, candidates: Candidates) -> list[float]:
-        mean, deviation = self.model.predict(features(candidates))
+        assert candidates.features is not None
+        mean, deviation = self.model.predict(candidates.features)
         return (mean + self.exploration * deviation).tolist()
 
     def learners(self) -> list["Learned"]:
