@@ -11,6 +11,8 @@ from trl_selective.config import DEFAULTS, GUIDANCE_FIELDS
 from trl_selective.presets import PRESETS
 
 GUIDED = {"num_generations": 8, "num_guided_generations": 4, "per_device_train_batch_size": 8, "bf16": False}
+INJECTED = {"num_generations": 8, "num_injected_completions": 2, "per_device_train_batch_size": 8, "bf16": False}
+NAN, INF = float("nan"), float("inf")
 
 
 def config(**settings):
@@ -59,11 +61,63 @@ def test_yaml_and_command_line_reach_the_fields(tmp_path):
     assert parsed.num_guided_generations == 4
 
 
-def test_a_config_survives_its_own_serialisation():
-    first = config(**GUIDED, guidance_weight_max=0.7)
+def test_injection_on_the_command_line():
+    given = {
+        "output_dir": "out",
+        "bf16": "false",
+        "preset": "selective",
+        "num_injected_completions": "2",
+        "max_injected_per_batch": "4",
+        "overlong_expert_completions": "truncate",
+        "injection_trigger": "group_failed & with_probability",
+        "injection_probability": "0.5",
+        "injection_selector": "learned|shortest",
+    }
+    arguments = [part for name, value in given.items() for part in (f"--{name}", value)]
+    (parsed,) = TrlParser(SelectiveGuidanceGRPOConfig).parse_args_and_config(arguments)
+    assert parsed.injection_trigger == "group_failed & with_probability"
+    assert parsed.injection_selector == "learned|shortest"
+    assert (parsed.num_injected_completions, parsed.max_injected_per_batch) == (2, 4)
+    assert (parsed.injection_probability, parsed.overlong_expert_completions) == (0.5, "truncate")
+    assert parsed.injection_correction == "policy_shaping"  # of the preset
+
+
+@pytest.mark.parametrize(
+    "settings",
+    [{**GUIDED, "guidance_weight_max": 0.7}, {**INJECTED, "preset": "luffy", "injection_selector": "novel"}],
+)
+def test_a_config_survives_its_own_serialisation(settings):
+    first = config(**settings)
     kept = {name: value for name, value in first.to_dict().items() if name in GUIDANCE_FIELDS | {"preset"}}
-    again = config(**{**GUIDED, **kept})
+    again = config(**{**settings, **kept})
     assert all(getattr(again, name) == getattr(first, name) for name in GUIDANCE_FIELDS)
+
+
+def test_luffy_as_published():
+    """One expert trajectory in each group of 8, whatever the group has found; f(x) = x / (x + 0.1); for the whole of training."""
+    luffy = config(preset="luffy")
+    assert (luffy.num_generations, luffy.num_injected_completions, luffy.max_injected_per_batch) == (8, 1, None)
+    assert (luffy.injection_trigger, luffy.injection_selector, luffy.injection_replaces) == ("always", "first", "last")
+    assert (luffy.injection_advantage, luffy.injection_correction, luffy.shaping_gamma) == (
+        "group",
+        "policy_shaping",
+        0.1,
+    )
+    assert {luffy.guidance_coef_schedule(200)(step) for step in (0, 100, 199, 10**6)} == {1.0}
+    assert luffy.num_guided_generations == 0
+
+
+def test_selective_injects_where_a_group_failed_and_less_and_less():
+    selective = config(preset="selective")
+    assert (selective.injection_trigger, selective.injection_advantage) == ("group_failed", "positive_excess")
+    alpha = selective.guidance_coef_schedule(max_steps=200)
+    assert [round(alpha(step), 4) for step in (0, 60, 120)] == [1.0, 0.5, 0.0]
+
+
+def test_a_setting_beats_the_presets_of_injection():
+    settings = config(preset="luffy", injection_trigger="below", injection_threshold=0.5, guidance_steps=10)
+    assert (settings.injection_trigger, settings.injection_threshold, settings.guidance_steps) == ("below", 0.5, 10)
+    assert settings.injection_advantage == "group"
 
 
 # ---- alpha -----------------------------------------------------------------------------------------------------------------------------
@@ -91,6 +145,27 @@ def test_the_papers_alpha_is_a_cosine_over_120_of_200_steps():
 def test_schedules_of_alpha(settings, expected):
     alpha = config(**GUIDED, guidance_coef=2.0, **settings).guidance_coef_schedule(max_steps=20)
     assert [alpha(step) for step in (0, 5, 10, 19)] == pytest.approx(expected)
+
+
+@pytest.mark.parametrize(
+    ("settings", "expected"),
+    [
+        ({}, [0.8, 0.8, 0.0, 0.0]),  # constant until guidance_steps
+        ({"injection_probability_schedule": "linear"}, [0.8, 0.4, 0.0, 0.0]),
+        ({"injection_probability_schedule": "cosine"}, [0.8, 0.4, 0.0, 0.0]),
+        ({"injection_probability_schedule": "linear", "guidance_steps": INF}, [0.8] * 4),
+        ({"injection_probability_schedule": "constant", "guidance_schedule": "linear"}, [0.8, 0.8, 0.0, 0.0]),
+    ],
+)
+def test_schedules_of_the_injection_probability(settings, expected):
+    settings = {
+        "injection_trigger": "with_probability",
+        "injection_probability": 0.8,
+        "guidance_steps": 10,
+        **settings,
+    }
+    probability = config(**INJECTED, **settings).injection_probability_by_step(max_steps=20)
+    assert [probability(step) for step in (0, 5, 10, 19)] == pytest.approx(expected)
 
 
 # ---- Errors ----------------------------------------------------------------------------------------------------------------------------
@@ -144,16 +219,103 @@ def test_what_cannot_work_is_refused(settings, message):
         config(**{**GUIDED, **settings})
 
 
-def test_a_group_must_not_be_split_over_processes(monkeypatch):
+@pytest.mark.parametrize(
+    ("settings", "message"),
+    [
+        ({"injection_trigger": "group_failed & sometimes"},
+         r"injection_trigger must be one of \['always', .*joined by & and \|, got 'group_failed & sometimes' with 'sometimes' in it"),
+        ({"injection_trigger": ""}, "injection_trigger must be one of .*, got '' with '' in it"),
+        ({"injection_trigger": "always |"}, r"injection_trigger must be one of .*, got 'always \|' with '' in it"),
+        ({"injection_trigger": 3}, "injection_trigger must be a name, got 3. Objects go to the trainer"),
+        ({"injection_selector": "learnable | bets"},
+         r"injection_selector must be one of \['first', .*joined by & and \|, got 'learnable \| bets' with 'bets' in it"),
+        ({"injection_selector": ["first"]}, r"injection_selector must be a name, got \['first'\]. Objects go to the trainer"),
+        ({"expert_completions_column": 3}, "expert_completions_column must be a name, got 3"),
+        ({"num_injected_completions": 7}, r"num_injected_completions=7 of num_generations=8 leaves 1 on-policy .*at least 2 are needed"),
+        ({"num_injected_completions": 8}, "num_injected_completions=8 of num_generations=8 leaves 0 on-policy"),
+        ({"num_injected_completions": 3, "num_guided_generations": 4},
+         "num_guided_generations=4 and num_injected_completions=3 of num_generations=8 leaves 1 on-policy"),
+        ({"num_injected_completions": -1}, "num_injected_completions must be at least 0, got -1"),
+        ({"num_injected_completions": 1.0}, "num_injected_completions must be a whole number, got 1.0"),
+        ({"num_injected_completions": True}, "num_injected_completions must be a whole number, got True"),
+        ({"num_injected_completions": "2"}, "num_injected_completions must be a whole number, got '2'"),
+        ({"max_injected_per_batch": 0}, "max_injected_per_batch must be at least 1, got 0"),
+        ({"max_injected_per_batch": 2.5}, "max_injected_per_batch must be a whole number, got 2.5"),
+        ({"max_injected_per_batch": INF}, "max_injected_per_batch must be a whole number, got inf"),
+        ({"injection_probability": 1.5}, r"injection_probability must lie in \[0, 1\], got 1.5: it is a share"),
+        ({"injection_probability": -0.1}, r"injection_probability must lie in \[0, 1\], got -0.1"),
+        ({"injection_probability": NAN}, r"injection_probability must lie in \[0, 1\], got nan"),
+        ({"injection_probability": "half"}, "injection_probability must be a number, got 'half'"),
+        ({"injection_threshold": "low"}, "injection_threshold must be a number, got 'low'"),
+        ({"injection_threshold": INF}, "injection_threshold must be finite, got inf"),
+        ({"injection_threshold": NAN}, "injection_threshold must be .*got nan"),
+        ({"shaping_gamma": 0.0}, "shaping_gamma must be positive, got 0"),
+        ({"shaping_gamma": -0.1}, "shaping_gamma must be positive, got -0.1"),
+        ({"shaping_gamma": NAN}, "shaping_gamma must be positive, got nan"),
+        ({"shaping_gamma": INF}, "shaping_gamma must be finite, got inf"),
+        ({"overlong_expert_completions": "cut"}, r"overlong_expert_completions must be one of \['drop', 'truncate'\], got 'cut'"),
+        ({"injection_probability_schedule": "exp"}, "injection_probability_schedule must be one of .*'cosine'.*, got 'exp'"),
+        ({"injection_replaces": "best"}, r"injection_replaces must be one of \['worst', 'last'\], got 'best'"),
+        ({"injection_advantage": "excess"}, r"injection_advantage must be one of \['positive_excess', 'group'\], got 'excess'"),
+        ({"injection_correction": "token_truncate"}, "injection_correction must be one of .*'sequence_policy_shaping'.*, got 'token_truncate'"),
+        ({"importance_sampling_level": "sequence"},
+         "one ratio per completion, but injection_correction='policy_shaping' weighs single tokens. Use 'sequence_policy_shaping' or 'none', or"),
+        ({"importance_sampling_level": "sequence", "injection_correction": "truncated"},
+         "injection_correction='truncated' weighs single tokens. Use 'sequence_truncated' or 'none', or importance_sampling_level='token'"),
+        ({"remove_unused_columns": True}, "remove_unused_columns=True drops the column 'expert_completions'. Set it to False, TRL's default"),
+        ({"remove_unused_columns": True, "expert_completions_column": "teacher"}, "drops the column 'teacher'"),
+        ({"max_completion_length": None}, "Guidance needs a bound on lengths, got max_completion_length=None"),
+        ({"multi_objective_aggregation": "normalize_then_sum"}, "normalises each reward over all rollouts.*Use 'sum_then_normalize'"),
+        ({"num_guided_generations": 2, "top_p": 0.9}, "drawn from the full distribution, got top_p=0.9"),
+    ],
+)  # fmt: skip
+def test_injection_that_cannot_work_is_refused(settings, message):
+    with pytest.raises(ValueError, match=message):
+        config(**{**INJECTED, **settings})
+
+
+@pytest.mark.parametrize("kind", [GUIDED, INJECTED], ids=["guided", "injected"])
+def test_a_group_must_not_be_split_over_processes(monkeypatch, kind):
     monkeypatch.setattr(SelectiveGuidanceGRPOConfig, "world_size", 2)
     config(num_generations=8, per_device_train_batch_size=4)  # fine with GRPO: 2 * 4 rows are one group of 8
     with pytest.raises(
         ValueError, match=r"4 \* 1 = 4 is no multiple of num_generations=8: a group would be split over"
     ):
-        config(**{**GUIDED, "per_device_train_batch_size": 4})
+        config(**{**kind, "per_device_train_batch_size": 4})
 
 
-@pytest.mark.parametrize("settings", [{"top_p": 0.9}, {"use_vllm": True}, {"num_generations": 2}])
+@pytest.mark.parametrize(
+    "settings",
+    [
+        {"top_p": 0.9, "top_k": 50, "min_p": 0.1, "repetition_penalty": 1.1},
+        {"use_vllm": True},
+        {"generation_kwargs": {"num_beams": 2}},
+        {"num_injected_completions": 6},
+        *(
+            {"importance_sampling_level": "sequence", "injection_correction": correction}
+            for correction in ("sequence_policy_shaping", "sequence_truncated", "none")
+        ),
+        {"injection_threshold": -2.0, "injection_trigger": "below"},
+        {"injection_selector": "reward_gain & learnable | novel | first"},
+    ],
+)
+def test_what_injection_alone_can_work_with(settings):
+    with warnings.catch_warnings():
+        warnings.filterwarnings("error", ".*without effect.*")
+        accepted = config(**{**INJECTED, **settings})
+    assert all(getattr(accepted, name) == value for name, value in settings.items())
+
+
+@pytest.mark.parametrize(
+    "settings",
+    [
+        {"top_p": 0.9},
+        {"use_vllm": True},
+        {"num_generations": 2},
+        {"remove_unused_columns": True},
+        {"importance_sampling_level": "sequence"},
+    ],
+)
 def test_without_guidance_nothing_of_it_is_refused(settings):
     config(**settings)
 
@@ -175,15 +337,68 @@ def test_without_guidance_nothing_of_it_is_refused(settings):
     ],
 )  # fmt: skip
 def test_a_setting_without_effect_warns_once(settings, message):
+    assert_warns_once({**GUIDED, **settings}, message)
+
+
+def assert_warns_once(settings: dict, message: str) -> None:
     with warnings.catch_warnings(record=True) as caught:
         warnings.simplefilter("always")
-        config(**{**GUIDED, **settings})
+        config(**settings)
     ours = [str(warning.message) for warning in caught if "without effect" in str(warning.message)]
     assert len(ours) == 1
     assert re.search(message, ours[0])
 
 
-def test_settings_with_effect_do_not_warn():
+@pytest.mark.parametrize(
+    ("settings", "message"),
+    [
+        ({"num_injected_completions": 0, "injection_selector": "novel"}, "injection_selector set, but .* num_injected_completions=0"),
+        ({"num_injected_completions": 0, "num_guided_generations": 2, "shaping_gamma": 0.2, "expert_sources_column": "by"},
+         "expert_sources_column, shaping_gamma set, but .* num_injected_completions=0"),
+        ({"entropy_quantile": 0.9}, r"entropy_quantile set, but .* num_guided_generations=0 \(injection does not use it\)"),
+        ({"guided_importance_correction": "token_mask", "draft_length": 4},
+         r"draft_length, guided_importance_correction set, but .* num_guided_generations=0 \(injection does not use it\)"),
+        ({"injection_correction": "none", "shaping_gamma": 0.2}, "shaping_gamma set, but .* injection_correction='none'"),
+        ({"injection_correction": "truncated", "shaping_gamma": 0.2}, "shaping_gamma set, but .* injection_correction='truncated'"),
+        ({"importance_ratio_max": 2.0}, "importance_ratio_max set, but without effect"),
+        ({"expert_logprobs_column": "logps"}, "expert_logprobs_column set, but .* injection_correction='policy_shaping'"),
+        ({"injection_threshold": 0.5}, "injection_threshold set, but .* injection_trigger='group_failed'"),
+        ({"injection_trigger": "always", "injection_probability": 0.5}, "injection_probability set, but .* injection_trigger='always'"),
+        ({"injection_trigger": "below", "injection_threshold": 0.5, "injection_probability_schedule": "linear"},
+         "injection_probability_schedule set, but .* injection_trigger='below'"),
+        ({"guidance_coef": 0.0}, "num_injected_completions set, but .* guidance_coef=0 .* alpha is 0 at every step"),
+    ],
+)  # fmt: skip
+def test_an_injection_setting_without_effect_warns_once(settings, message):
+    assert_warns_once({**INJECTED, **settings}, message)
+
+
+@pytest.mark.parametrize(
+    "settings",
+    [
+        {**GUIDED, "guidance_steps": 10, "guided_sampler": "speculative", "draft_length": 4},
+        {
+            **INJECTED,
+            "guidance_steps": 10,
+            "guidance_coef": 0.5,
+            "reward_range": 2.0,
+            "max_injected_per_batch": 3,
+            "injection_trigger": "below & with_probability",
+            "injection_threshold": 0.5,
+            "injection_probability": 0.5,
+            "injection_probability_schedule": "linear",
+            "injection_correction": "truncated",
+            "importance_ratio_max": 2.0,
+            "expert_logprobs_column": "logps",
+        },
+        {**INJECTED, "shaping_gamma": 0.2, "injection_correction": "sequence_policy_shaping"},
+        {**GUIDED, "num_injected_completions": 1, "entropy_quantile": 0.9, "shaping_gamma": 0.2},
+        # a preset's settings are not the user's
+        {"preset": "luffy"},
+        {"preset": "selective", "injection_correction": "none"},
+    ],
+)
+def test_settings_with_effect_do_not_warn(settings):
     with warnings.catch_warnings():
         warnings.simplefilter("error", UserWarning)
-        config(**GUIDED, guidance_steps=10, guided_sampler="speculative", draft_length=4)
+        config(**settings)

@@ -5,7 +5,9 @@ import math
 import pytest
 import torch
 
+from trl_selective.experts import ExpertCompletion
 from trl_selective.guided_batch import GuidedBatch
+from trl_selective.injection import Choice, Injection
 from trl_selective.rollout import GuidedRollout
 
 
@@ -109,3 +111,18 @@ def test_padding_further_changes_no_weight():
     for correction in ("sequence_truncate", "sequence_mask"):
         tight, wide = (batch.importance_weights(seq, correction, 1.5) for seq in (5, 9))
         assert torch.equal(wide, tight)
+
+
+def test_each_process_finds_its_own_injected_rows():
+    rows = [3, 7, 8, None, 21]
+    choices = [Choice(0, ExpertCompletion((2, 1)), "first", float(row or 0), row=row) for row in rows]
+    injection = Injection(choices, verdicts=[], fired={}, num_read=5, num_overlong=0)
+    batch = make_batch(num_generations=4, num_rows=8, injection=injection)
+    # 8 rows each: 3 and 7 of the first process, 8 of the second, 21 of the third; one choice stays out
+    found = [batch.injected(process_index) for process_index in range(4)]
+    assert found == [{3: choices[0], 7: choices[1]}, {0: choices[2]}, {5: choices[4]}, {}]
+
+
+def test_before_anything_is_injected_there_are_no_injected_rows():
+    assert make_batch().injected(0) == {}
+    assert make_batch(injection=Injection([], [], {}, 0, 0)).injected(0) == {}

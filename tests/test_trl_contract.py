@@ -1,10 +1,12 @@
 """The private names of TRL that trainer.py relies on. If one of these fails after an update of TRL, revisit the line of trainer.py it names."""
 
 import inspect
+import math
 
 import pytest
 import torch
 from trl import GRPOTrainer
+from trl.chat_template_utils import parse_response
 from trl.models.utils import unwrap_model_for_generation
 
 from tests.training import length_reward, make_plain_trainer
@@ -12,6 +14,7 @@ from trl_selective import SelectiveGuidanceGRPOTrainer
 
 HOOKS = {
     "_generate_and_score_completions": ("self", "inputs"),
+    "_generate": ("self", "prompts"),
     "_calculate_rewards": ("self", "inputs", "prompts", "completions", "completion_ids_list"),
     "_compute_loss": ("self", "model", "inputs"),
     "_log_completion_extra": ("self", "column", "values"),
@@ -58,6 +61,10 @@ def test_every_override_exists_in_trl():
         ("_dist", object),
         ("_metrics", dict),
         ("_logs", dict),
+        ("_pending_extra_logs", dict),
+        ("_pending_metrics", dict),
+        ("chat_template", object),
+        ("chat_template_kwargs", dict),
         ("eos_token_ids", list),
         ("max_completion_length", int),
         ("num_generations", int),
@@ -71,7 +78,8 @@ def test_every_override_exists_in_trl():
     ],
 )
 def test_attributes(trainer, attribute, kind):
-    """trainer.py: `_set_up_guidance`, `_sample_guided`, `_apply_guidance` and `_log_batch` read them."""
+    """trainer.py: `_set_up_guidance`, `_render`, `_sample_guided`, `_score_completions`, `_apply_guidance` and `_log_batch` read them."""
+    assert hasattr(trainer, attribute)
     assert isinstance(getattr(trainer, attribute), kind)
 
 
@@ -106,6 +114,48 @@ def test_the_loss_takes_one_advantage_per_token(trainer):
     spread = inputs["advantages"].unsqueeze(1).expand(inputs["completion_ids"].shape)
     per_token = trainer._compute_loss(trainer.model, {**inputs, "advantages": spread})
     torch.testing.assert_close(per_token, per_row, rtol=1e-6, atol=1e-7)
+
+
+def test_generation_returns_eight_things(trainer):
+    """trainer.py: `_generate` replaces the second, the fourth and the fifth, and `_inject` reads the first."""
+    trainer.model.train()
+    prompts = ["2 7 8 13 17 20 25 28 33 0 > 21 :"] * 4
+    prompt_ids, completion_ids, _, completions, logprobs, *rest = trainer._generate(prompts)
+    assert len(rest) == 3
+    assert logprobs is None
+    assert prompt_ids == trainer.processing_class(prompts)["input_ids"]
+    assert completions == trainer.processing_class.batch_decode(completion_ids, skip_special_tokens=True)
+
+
+def test_what_reward_functions_log_waits_in_two_dicts(trainer):
+    """trainer.py: `_score_completions` exchanges them while it scores completions that are not in the batch yet."""
+    trainer._log_completion_extra("column", [1, 2])
+    trainer._log_metric("metric", 3.0)
+    assert trainer._pending_extra_logs.pop("column") == [1, 2]
+    assert trainer._pending_metrics.pop("metric") == [3.0]
+
+
+def test_the_loss_reads_advantages_and_old_log_probs_after_its_forward(trainer, monkeypatch):
+    """trainer.py: `_bind_to_policy` writes both into the inputs while the loss waits for its forward."""
+    trainer.model.train()
+    inputs = trainer._prepare_inputs(next(iter(trainer.get_train_dataloader())))
+    before = trainer._compute_loss(trainer.model, inputs)
+    forward, bound = trainer._get_per_token_logps_and_entropies, dict(inputs)
+
+    def bind(*args, **kwargs):
+        logps, entropies, aux_loss = forward(*args, **kwargs)
+        bound["advantages"] = 2 * inputs["advantages"]
+        bound["old_per_token_logps"] = logps.detach() + 0.1  # every ratio is exp(-0.1), within the clip
+        return logps, entropies, aux_loss
+
+    monkeypatch.setattr(trainer, "_get_per_token_logps_and_entropies", bind)
+    after = trainer._compute_loss(trainer.model, bound)
+    torch.testing.assert_close(after, 2 * math.exp(-0.1) * before, rtol=1e-4, atol=1e-7)
+
+
+def test_parsing_of_answers_takes_the_prompt():
+    """trainer.py: `_decode` shows injected completions to reward functions as TRL shows its own."""
+    assert {"tokenizer", "ids", "prefix"} <= set(inspect.signature(parse_response).parameters)
 
 
 def test_the_loss_forward_returns_entropies(trainer, monkeypatch):

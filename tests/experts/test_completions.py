@@ -177,6 +177,21 @@ def test_a_key_names_the_text_alone():
     assert ExpertCompletion((2, 31)).key != key
 
 
+def test_rows_read_together_are_those_read_one_by_one(words):
+    rows = [
+        row_of(["0 1", "2 3 4 5"], sources=["a", "b"]),
+        row_of(None),
+        row_of([]),
+        row_of("6 7", logps=[-1.0, -2.0, -3.0]),
+    ]
+    together, one_by_one = (make_reader(words, max_completion_length=4) for _ in range(2))
+    assert together.read_all(rows) == [one_by_one.read(row) for row in rows]
+    assert (together.num_read, together.num_overlong) == (one_by_one.num_read, one_by_one.num_overlong) == (3, 1)
+    assert together.read_all([]) == []
+    with pytest.raises(ValueError, match=r"^The row with the prompt 'x', completion 0 in 'expert' is ''"):
+        together.read_all([*rows, row_of("", prompt="x")])
+
+
 # ---- Conversations ---------------------------------------------------------------------------------------------------------------------
 
 
@@ -388,6 +403,13 @@ def test_a_template_that_leaves_thoughts_out(chat):
         reader.check([row_of(assistant(answer), prompt=QUESTION)])
     assert chat.decode(reader.read(row_of(answer, prompt=QUESTION))[0].token_ids) == f"{answer}<|im_end|>"
     assert chat.decode(reader.read(row_of(assistant("4"), prompt=QUESTION))[0].token_ids) == "4<|im_end|>"
+
+
+def test_every_conversation_is_rendered_before_training(chat):
+    """What a template leaves out depends on the answer: the first row shows nothing of the second."""
+    rows = [row_of(assistant(answer), prompt=QUESTION) for answer in ("4", "<think>Let me think.</think>4")]
+    with pytest.raises(ValueError, match=r"^Row 1, completion 0: the chat template shows only '4"):
+        make_reader(chat, DROPS_THOUGHTS, logprobs_column=None).check(rows)
 
 
 def test_log_probabilities_that_are_needed(words):

@@ -1,20 +1,25 @@
 """The numbers of a guided batch, by hand."""
 
 import math
+from dataclasses import replace
 
 import pytest
 import torch
 
+from trl_selective.experts import ExpertCompletion
+from trl_selective.injection import Choice, Injection
 from trl_selective.reporting.metrics import (
     importance_metrics,
     importance_ratio,
     importance_ratio_p99,
+    injection_metrics,
     policy_metrics,
     reward_metrics,
     rollout_metrics,
     rollout_sums,
 )
 from trl_selective.rollout import GuidedRollout
+from trl_selective.selection import Verdict
 
 LOG2 = math.log(2)
 ROLLOUT = GuidedRollout(
@@ -67,29 +72,130 @@ def test_importance_ratio():
     assert importance_ratio_p99(ROLLOUT) == pytest.approx(2.0)  # rank ceil(0.99 * 4) = 4
 
 
-def test_reward_metrics():
-    on_policy = torch.tensor([[0.0, 0.0], [1.0, 0.0], [0.0, 0.0]])
-    guided = torch.tensor([[1.0], [1.0], [0.4]])
-    assert reward_metrics(on_policy, guided, reward_range=torch.ones(3, 3)) == pytest.approx(
+def rows(*flags: list[int]) -> torch.Tensor:
+    return torch.tensor(flags).bool()
+
+
+def test_rewards_of_all_kinds_of_rows():
+    # two rollouts of the policy, one guided; in the first two groups a completion has taken the place of the second rollout
+    sampled = torch.tensor([[0.0, 0.0, 1.0], [1.0, 0.0, 1.0], [0.0, 0.0, 0.4], [0.0, 0.2, 0.0]])
+    is_guided, is_injected = rows(*[[0, 0, 1]] * 4), rows([0, 1, 0], [0, 1, 0], [0, 0, 0], [0, 0, 0])
+    rewards = sampled.masked_fill(is_injected, 0.9)
+    assert reward_metrics(sampled, rewards, is_guided, is_injected, reward_range=torch.ones(4, 3)) == pytest.approx(
         {
-            "guidance/reward/on_policy": 1 / 6,
-            "guidance/reward/guided": 0.8,  # 2.4 / 3
-            "guidance/rescued_groups": 1 / 3,  # the first; the second was right by itself, the third stays wrong
+            "guidance/reward/on_policy": 1.2 / 8,  # the replaced rollouts included
+            "guidance/reward/guided": 0.6,  # 2.4 / 4
+            "guidance/reward/injected": 0.9,
+            "guidance/rescued_groups": 1 / 4,  # the first; the second was right by itself, the others stay wrong
         }
     )
 
 
+def test_kinds_that_a_batch_does_not_have_are_left_out():
+    sampled, nobody = torch.tensor([[0.0, math.nan], [1.0, 0.0]]), rows([0, 0], [0, 0])
+    metrics = reward_metrics(sampled, sampled, nobody, nobody, torch.ones(2, 2))
+    assert metrics == {"guidance/reward/on_policy": pytest.approx(1 / 3), "guidance/rescued_groups": 0.0}
+
+
+@pytest.mark.parametrize(
+    ("sampled", "now", "is_guided", "is_injected", "rescued"),
+    [
+        ([0.0, 0.0], [0.0, 1.0], [0, 0], [0, 1], 1.0),  # by a completion
+        ([0.0, 1.0], [0.0, 1.0], [0, 1], [0, 0], 1.0),  # by a guided rollout
+        ([0.0, 1.0], [1.0, 1.0], [0, 1], [1, 0], 1.0),  # by both
+        ([0.0, 1.0], [0.0, 0.0], [0, 1], [0, 1], 0.0),  # a right guided rollout gave way to a wrong completion
+        ([1.0, 0.0], [1.0, 1.0], [0, 0], [0, 1], 0.0),  # it was right by itself
+        ([1.0, 0.0], [1.0, 0.0], [0, 0], [1, 0], 0.0),  # also if it is a right rollout that gave way
+        ([0.0, 0.0], [0.0, 0.3], [0, 0], [0, 1], 0.0),  # by a wrong completion
+        ([0.0, math.nan], [0.0, 1.0], [0, 0], [0, 1], 1.0),
+        ([0.0, 0.0], [0.0, math.nan], [0, 1], [0, 0], 0.0),
+    ],
+)
+def test_what_rescues_a_group(sampled, now, is_guided, is_injected, rescued):
+    values = [torch.tensor([sampled]), torch.tensor([now]), rows(is_guided), rows(is_injected)]
+    assert reward_metrics(*values, torch.ones(1, 2))["guidance/rescued_groups"] == rescued
+
+
 def test_a_rollout_is_correct_by_the_range_of_its_own_rewards():
-    on_policy, guided = torch.tensor([[0.4], [0.4]]), torch.tensor([[0.6], [0.6]])
+    rewards, is_guided = torch.tensor([[0.4, 0.6], [0.4, 0.6]]), rows([0, 1], [0, 1])
     reward_range = torch.tensor([[1.0, 1.0], [2.0, 2.0]])  # 0.6 is more than half of 1, and less than half of 2
-    assert reward_metrics(on_policy, guided, reward_range)["guidance/rescued_groups"] == 0.5
+    metrics = reward_metrics(rewards, rewards, is_guided, torch.zeros_like(is_guided), reward_range)
+    assert metrics["guidance/rescued_groups"] == 0.5
 
 
-@pytest.mark.parametrize(("own_range", "guided_range", "rescued"), [(1.0, 1.0, 0.0), (1.0, 2.0, 0.0), (2.0, 1.0, 1.0)])
-def test_ranges_may_differ_within_a_group(own_range, guided_range, rescued):
+@pytest.mark.parametrize("kind", ["guided", "injected"])
+@pytest.mark.parametrize(("own_range", "other_range", "rescued"), [(1.0, 1.0, 0.0), (1.0, 2.0, 0.0), (2.0, 1.0, 1.0)])
+def test_ranges_may_differ_within_a_group(own_range, other_range, rescued, kind):
     """Both rewards are 0.6: correct where the range is 1, wrong where it is 2."""
-    rewards, reward_range = torch.tensor([[0.6]]), torch.tensor([[own_range, guided_range]])
-    assert reward_metrics(rewards, rewards, reward_range)["guidance/rescued_groups"] == rescued
+    sampled, flags, nobody = torch.tensor([[0.6, 0.6 if kind == "guided" else 0.0]]), rows([0, 1]), rows([0, 0])
+    rewards, reward_range = torch.tensor([[0.6, 0.6]]), torch.tensor([[own_range, other_range]])
+    kinds = (flags, nobody) if kind == "guided" else (nobody, flags)
+    assert reward_metrics(sampled, rewards, *kinds, reward_range)["guidance/rescued_groups"] == rescued
+
+
+# ---- Injected completions --------------------------------------------------------------------------------------------------------------
+
+
+def make_choice(group: int, row: int | None, length: int, source: str | None, selector: str) -> Choice:
+    completion = ExpertCompletion(tuple(range(length)), source=source)
+    return Choice(group, completion, selector, score=0.5, rewards_per_func=[1.0], row=row)
+
+
+INJECTION = Injection(
+    choices=[
+        make_choice(0, 3, 10, "a", "reward_gain"),
+        make_choice(0, 2, 20, "b", "reward_gain"),
+        make_choice(2, None, 99, "a", "shortest"),  # stays out
+        make_choice(4, 19, 30, None, "reward_gain"),
+    ],
+    verdicts=[Verdict([1.0], 0.25, 0.5), Verdict(None, None, -0.25), Verdict([1.0], 0.0, 0.0)],
+    fired={"group_failed": 0.75, "below": 0.5},
+    num_read=12,
+    num_overlong=3,
+)
+
+
+def test_injection_metrics():
+    metrics = injection_metrics(INJECTION, [True, False, False, True], num_groups=5, num_rows=20)
+    assert metrics == pytest.approx(
+        {
+            "guidance/injection/rows": 3 / 20,
+            "guidance/injection/groups": 2 / 5,
+            "guidance/injection/trigger/group_failed": 0.75,
+            "guidance/injection/trigger/below": 0.5,
+            "guidance/injection/overlong": 3 / 12,
+            "guidance/injection/accepted": 2 / 4,  # of all that were chosen
+            "guidance/injection/selector/reward_gain": 3 / 4,
+            "guidance/injection/selector/shortest": 1 / 4,
+            "guidance/injection/source/a/rows": 1 / 20,
+            "guidance/injection/source/a/accepted": 1 / 2,  # the one that stays out counts
+            "guidance/injection/source/b/rows": 1 / 20,
+            "guidance/injection/source/b/accepted": 0 / 1,
+            "guidance/injection/completions/mean_length": 20.0,  # (10 + 20 + 30) / 3
+            "guidance/injection/success_change": 0.25 / 3,  # (0.5 - 0.25 + 0) / 3
+            "guidance/injection/predicted_change": 0.25 / 2,  # of those that were predicted
+        }
+    )
+
+
+def test_what_there_is_no_data_for_is_left_out():
+    nothing = Injection(choices=[], verdicts=[], fired={"always": 0.0}, num_read=0, num_overlong=0)
+    assert injection_metrics(nothing, [], num_groups=5, num_rows=20) == {
+        "guidance/injection/rows": 0.0,
+        "guidance/injection/groups": 0.0,
+        "guidance/injection/trigger/always": 0.0,
+    }
+    stays_out = replace(nothing, choices=[make_choice(0, None, 9, None, "first")], num_read=1)
+    metrics = injection_metrics(stays_out, [False], num_groups=5, num_rows=20)
+    assert "guidance/injection/completions/mean_length" not in metrics
+    assert metrics["guidance/injection/accepted"] == metrics["guidance/injection/overlong"] == 0.0
+    judged = replace(nothing, verdicts=[Verdict(None, None, 0.5)])
+    metrics = injection_metrics(judged, [], num_groups=5, num_rows=20)
+    assert metrics["guidance/injection/success_change"] == 0.5
+    assert "guidance/injection/predicted_change" not in metrics
+
+
+# ---- The policy's own rollouts ---------------------------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize(("scale_rewards", "expected"), [("group", 1.0), ("none", 1.0), ("batch", 0.0)])

@@ -106,7 +106,7 @@ def test_novelty_counts_what_was_injected_into_the_prompt_before():
 
 @pytest.mark.parametrize("selector", [Novel(), Diverse()], ids=lambda selector: selector.name)
 def test_the_second_one_differs_from_the_first(selector):
-    group = candidates([7, 8, 9, 6], [7, 8, 9, 6], [7, 8, 9, 6, 1], [1, 2, 3, 7, 5, 6], rollouts=GROUP)
+    group = candidates([7, 8, 9, 6], [7, 8, 9, 6], [7, 8, 9, 6, 7, 8, 9], [1, 2, 3, 7, 5, 6], rollouts=GROUP)
     first, second = choose(selector, group, 2)
     assert (first.index, second.index) == (0, 3)
 

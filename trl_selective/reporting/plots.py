@@ -16,6 +16,8 @@ PANELS = (
     ("reward of the policy", "reward", {"reward": "-"}),
     ("reward of guided rollouts", "reward", {"guidance/reward/guided": "-"}),
     ("groups without signal (dashed: rescued)", "share", {"frac_reward_zero_std": "-", "guidance/rescued_groups": "--"}),
+    ("injected rows (dashed: accepted completions)", "share", {"guidance/injection/rows": "-", "guidance/injection/accepted": "--"}),
+    ("log-prob of injected tokens (dashed: after)", "nats", {"guidance/injection/logp": "-", "guidance/injection/logp_after": "--"}),
     ("guidance coefficient alpha", "alpha", {"guidance/coef": "-"}),
     ("weight w (dashed: tokens the expert drew)", "share", {"guidance/weight": "-", "guidance/expert_drawn": "--"}),
     ("entropy of the policy (dashed: threshold)", "nats", {"entropy": "-", "guidance/entropy_threshold": "--"}),
