@@ -19,6 +19,7 @@ an interruption, the same command goes on from there.
 """
 
 from dataclasses import dataclass, field
+from pathlib import Path
 
 import torch
 from selective_grpo import ScriptArguments, choose_split, load_reward, load_splits, load_tokenizer
@@ -74,7 +75,7 @@ def local_source(script: ScriptArguments, arguments: CollectArguments, sampling:
     return LocalSource(
         model,
         load_expert_tokenizer(model),
-        name,
+        Path(name).resolve().name if Path(name).exists() else name,  # a folder of this machine says nothing elsewhere
         sampling,
         policy_tokenizer=load_tokenizer(script, policy) or AutoTokenizer.from_pretrained(policy.model_name_or_path),
         batch_size=arguments.batch_size,

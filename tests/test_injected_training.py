@@ -876,6 +876,6 @@ def test_objects_without_injection_are_named(tmp_path):
 
 def test_the_preset_needs_nothing_else(tmp_path):
     trainer = trained(tmp_path, settings=PLAIN, preset="selective", max_steps=2)
-    assert trainer.args.injection_selector == "learnable"
+    assert trainer.args.injection_selector == "reward_gain"
     assert all(batch.injection.injected for batch in trainer.batches)
     assert isinstance(trainer.args, SelectiveGuidanceGRPOConfig)

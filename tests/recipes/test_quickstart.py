@@ -112,6 +112,11 @@ def test_the_two_configs_differ_in_guidance_alone():
     }
 
 
+def test_the_config_with_expert_completions_differs_in_them_alone():
+    plain, selected = (yaml.safe_load((QUICKSTART / f"{name}.yaml").read_text()) for name in ("grpo", "selected"))
+    assert selected == {**plain, "preset": "selective", "guidance_steps": 0.75}
+
+
 def test_the_whole_of_it_in_small(tmp_path):
     command = [
         sys.executable,
@@ -122,20 +127,27 @@ def test_the_whole_of_it_in_small(tmp_path):
         "2",
         "--output_dir",
         "out",
+        "--runs",
+        "grpo",
+        "guided",
+        "selected",
     ]
     result = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True)
     assert result.returncode == 0, result.stderr[-3000:]
     assert "distinct correct of 2" in result.stdout
     out = tmp_path / "out"
     summary = json.loads((out / "results.json").read_text())
-    assert summary["updates"] == {"grpo": 3, "guided": 3}
-    assert set(summary["evaluations"]) == {"start", "grpo", "guided", "expert"}
+    assert summary["updates"] == {"grpo": 3, "guided": 3, "selected": 3}
+    assert set(summary["evaluations"]) == {"start", "grpo", "guided", "selected", "expert"}
     assert summary["evaluations"]["expert"]["pass_at_k"]["1"] > 0.7
-    for name in ("grpo", "guided"):
+    for name in ("grpo", "guided", "selected"):
         assert (out / name / "model.safetensors").exists()
         assert "2510.04140" in (out / name / "README.md").read_text()
         assert len(list((out / name / "completions").glob("*.parquet"))) == 3
     assert (out / "training_dynamics.png").exists()
     assert (out / "pass_at_k.png").exists()
     lines = [json.loads(line) for line in (out / "heldout_completions.jsonl").open()]
-    assert len(lines) == 4 * 128
+    assert len(lines) == 5 * 128
+    rows = [json.loads(line) for line in (out / "train_with_expert.jsonl").open()]
+    assert len(rows) == 1024
+    assert rows[0]["expert_sources"] == ["expert"] * len(rows[0]["expert_completions"])
