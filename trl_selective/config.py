@@ -327,6 +327,8 @@ class SelectiveGuidanceGRPOConfig(GRPOConfig):
             value = getattr(self, name)
             if value is not None and not value >= bound:
                 raise ValueError(f"{name} must be at least {bound}, got {value:g}.")
+        if math.isnan(self.injection_threshold):
+            raise ValueError("injection_threshold must be a number, got nan.")
         for name in POSITIVE:
             value = getattr(self, name)
             if value is not None and not value > 0:
@@ -469,6 +471,9 @@ class SelectiveGuidanceGRPOConfig(GRPOConfig):
             f"draft_length={self.draft_length}": self.draft_length is not None and {"max_draft_length"},
             f"injection_correction={self.injection_correction!r}": "policy_shaping" not in self.injection_correction
             and {"shaping_gamma"},
+            f"injection_correction={self.injection_correction!r} (it needs no log-probabilities)": injected
+            and self.injection_correction not in TRUNCATED
+            and {"expert_logprobs_column"},
             f"injection_trigger={self.injection_trigger!r}": {
                 *({"injection_threshold"} if "below" not in self.injection_trigger else ()),
                 *(PROBABILITY_FIELDS if "with_probability" not in self.injection_trigger else ()),

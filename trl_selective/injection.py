@@ -189,7 +189,7 @@ class Injector:
             step=batch.step,
         )
         completions, survey = self._survey(batch, self.trigger(outcomes).tolist())
-        verdicts = self._judge(survey.prompts, batch.success_rates)
+        verdicts = self._judge(survey.prompts, batch.success_rates, outcomes.is_scored.tolist())
         allotted = self._allot(outcomes, survey.num_candidates)
         candidates = {
             group: self._candidates(batch, group, found, survey.prompts[group], streams[group])
@@ -242,11 +242,11 @@ class Injector:
             num_overlong=sum(each.num_overlong for each in surveys),
         )
 
-    def _judge(self, prompts: list[str], success_rates: list[float]) -> list[Verdict]:
+    def _judge(self, prompts: list[str], success_rates: list[float], is_scored: list[bool]) -> list[Verdict]:
         """What came of earlier injections into these prompts. Selectors that learn learn from it."""
         verdicts = []
-        for prompt, success_rate in zip(prompts, success_rates, strict=True):
-            verdicts += self.memory.judge(prompt, success_rate)
+        for prompt, success_rate, scored in zip(prompts, success_rates, is_scored, strict=True):
+            verdicts += self.memory.judge(prompt, success_rate) if scored else []
         for learner in self.selector.learners():
             for verdict in verdicts:
                 if verdict.line is not None and verdict.predicted is not None:

@@ -125,7 +125,7 @@ def test_an_unknown_trigger_is_named(expression):
         make_trigger(expression, 0.0, 1.0)
 
 
-@pytest.mark.parametrize("expression", ["", "frist", "first |", "first & always", "first | shortest & novell"])
+@pytest.mark.parametrize("expression", ["", "fist", "first |", "first & always", "first | shortest & novell"])
 def test_an_unknown_selector_is_named(expression):
     missing = next(name.strip() for name in re.split(r"[&|]", expression) if name.strip() not in SELECTORS)
     message = f"injection_selector must be one of {list(SELECTORS)}, or several of them joined by & and |, got {expression!r} with {missing!r}"

@@ -74,21 +74,19 @@ class CompletionReader:
         return [name for name in names if name is not None]
 
     def check(self, rows: Iterable[Mapping[str, Any]]) -> None:
-        """Look at all rows of a dataset before training starts.
-
-        Types are checked everywhere. Texts are tokenised where log-probabilities have to fit them, and otherwise in the first row that has
-        any, which shows whether the chat template can be used at all.
+        """Look at all rows of a dataset before training starts. Texts are only tokenised where log-probabilities have to fit them.
 
         Raises:
             ValueError: naming the row and what is wrong with it.
         """
         is_any = False
         for index, row in enumerate(rows):
-            where = f"Row {index}"
-            completions = self._completions(row, where)
-            if completions and (self.logprobs_column or not is_any):
-                self.read(row, where)
-            is_any = is_any or bool(completions)
+            name = f"Row {index}"
+            if self.logprobs_column is not None:
+                self.read(row, name)
+            texts = self._texts(row, name)
+            self._sources(row, len(texts), name)
+            is_any = is_any or bool(texts)
         if not is_any:
             raise ValueError(
                 f"No row has a completion in the column {self.completions_column!r}: nothing could ever be injected. Fill it, or set "
@@ -113,36 +111,43 @@ class CompletionReader:
             ValueError: if a row is malformed.
         """
         names = names or [f"The row with the prompt {_preview(row['prompt'])}" for row in rows]
-        completions = [self._completions(row, name) for row, name in zip(rows, names, strict=True)]
-        texts = [
-            self._text(row["prompt"], completion, f"{name}, completion {number}")
-            for row, name, found in zip(rows, names, completions, strict=True)
-            for number, completion in enumerate(found)
-        ]
-        token_ids = iter(self._tokenize(texts))
+        texts = [self._texts(row, name) for row, name in zip(rows, names, strict=True)]
+        token_ids = iter(self._tokenize([text for found in texts for text in found]))
         return [
             self._fitting(row, [next(token_ids) for _ in found], name)
-            for row, name, found in zip(rows, names, completions, strict=True)
+            for row, name, found in zip(rows, names, texts, strict=True)
         ]
 
-    def _fitting(self, row: Mapping[str, Any], all_token_ids: list[list[int]], where: str) -> list[ExpertCompletion]:
+    def _fitting(self, row: Mapping[str, Any], all_token_ids: list[list[int]], name: str) -> list[ExpertCompletion]:
         """The completions of a row with these tokens, without those that are too long."""
-        logprobs = self._aligned(row, self.logprobs_column, len(all_token_ids), where)
-        sources = self._aligned(row, self.sources_column, len(all_token_ids), where)
+        logprobs = self._aligned(row, self.logprobs_column, len(all_token_ids), name)
+        sources = self._sources(row, len(all_token_ids), name)
         found = []
         for number, (token_ids, logps, source) in enumerate(zip(all_token_ids, logprobs, sources, strict=True)):
-            which = f"{where}, completion {number}"
-            self._check_logps(logps, token_ids, which)
-            if source is not None and not isinstance(source, str):
-                raise ValueError(
-                    f"{which} has the source {source!r} in {self.sources_column!r}, expected a name or None."
-                )
+            self._check_logps(logps, token_ids, f"{name}, completion {number}")
             self.num_read += 1
             self.num_overlong += len(token_ids) > self.max_completion_length
             if len(token_ids) <= self.max_completion_length or self.overlong == "truncate":
                 ids = tuple(token_ids[: self.max_completion_length])
                 found.append(ExpertCompletion(ids, None if logps is None else tuple(logps[: len(ids)]), source))
         return found
+
+    def _texts(self, row: Mapping[str, Any], name: str) -> list[str]:
+        """What follows the prompt with each completion of a row."""
+        return [
+            self._text(row["prompt"], completion, f"{name}, completion {number}")
+            for number, completion in enumerate(self._completions(row, name))
+        ]
+
+    def _sources(self, row: Mapping[str, Any], num_completions: int, name: str) -> list[str | None]:
+        """Who wrote each completion of a row."""
+        sources = self._aligned(row, self.sources_column, num_completions, name)
+        for number, source in enumerate(sources):
+            if source is not None and not isinstance(source, str):
+                raise ValueError(
+                    f"{name}, completion {number} has the source {source!r} in {self.sources_column!r}, expected a name or None."
+                )
+        return sources
 
     def _completions(self, row: Mapping[str, Any], where: str) -> list[Any]:
         """The completions of a row as a list of texts and conversations, checked without being tokenised."""
@@ -218,7 +223,8 @@ class CompletionReader:
                 f"answer does not begin so. Give the completion as a text: all that follows the prompt, such as {text[-PREVIEW:]!r}."
             )
         content, answer = completion[0]["content"], text[len(prefix) :]
-        if "".join(content.split()) not in "".join(answer.split()):
+        # Some templates end the prompt with the first words of every answer, such as `<think>`.
+        if "".join(content.split()) not in "".join(text[-len(content) - len(answer) :].split()):
             raise ValueError(
                 f"{which}: the chat template shows only {_preview(answer)} of {_preview(content)}; some templates leave thoughts out. "
                 "Give the completion as a text: all that follows the prompt."
