@@ -12,7 +12,8 @@ import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from tests.processes import Processes
-from tests.training import POLICY
+from tests.training import EXPERT as EXPERT_MODEL
+from tests.training import INJECTED, POLICY, expert_dataset, make_trainer
 from trl_selective.experts import CompletionReader, ExpertCompletion, completion_logps
 from trl_selective.injection import Choice, Injection, Injector, SampledBatch
 from trl_selective.selection import (
@@ -636,15 +637,36 @@ def test_a_failing_process_is_seen():
 
 
 @pytest.mark.gpu
-@pytest.mark.parametrize("selector", ["random", "reward_gain", "learned"])
 @pytest.mark.parametrize(
-    "trigger", [Always(), GroupFailed(), WithProbability(0.9) & Below(0.5)], ids=["always", "failed", "both"]
+    "settings",
+    [
+        {"injection_trigger": "always", "injection_selector": "reward_gain", "injection_advantage": "group"},
+        {
+            "injection_trigger": "with_probability",
+            "injection_selector": "learned & learnable",
+            "max_injected_per_batch": 3,
+        },
+        {
+            "injection_trigger": "group_failed & below",
+            "injection_selector": "novel",
+            "injection_correction": "truncated",
+        },
+    ],
+    ids=["luffy", "learned", "truncated"],
 )
-def test_rewards_on_an_accelerator(trigger, selector):
-    """Rewards come from the accelerator, and TRL keeps the weights of the reward functions on the CPU."""
-    batch = make_batch([FAILED, [0.3, 0.0, 0.0, 0.0], SOLVED])
-    moved = replace(batch, **{name: getattr(batch, name).cuda() for name in ("rewards", "is_correct", "is_guided")})
-    here, there = (make_injector(trigger, selector, per_batch=2) for _ in range(2))
-    scorer = Scorer(batch)
-    expected = here.choose(batch, scorer, token_logps)
-    assert there.choose(moved, lambda *call: scorer(*call).cuda(), token_logps) == expected
+def test_training_on_an_accelerator(tmp_path, settings):
+    """Rewards and probabilities come from the accelerator, and decisions are made on the CPU."""
+    expert = EXPERT_MODEL if "injection_correction" in settings else None
+    trainer = make_trainer(
+        tmp_path,
+        settings=INJECTED,
+        train_dataset=expert_dataset(16),
+        use_cpu=False,
+        init={"expert_model": expert},
+        **settings,
+    )
+    assert trainer.accelerator.device.type != "cpu"
+    trainer.train()
+    rows = [entry["guidance/injection/rows"] for entry in trainer.state.log_history if "loss" in entry]
+    assert len(rows) == INJECTED["max_steps"]
+    assert max(rows) > 0

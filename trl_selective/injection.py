@@ -1,7 +1,7 @@
 """Puts selected expert completions into the groups of a batch: whether, which, how many, in whose place. Knows nothing of TRL.
 
 Every decision depends on the rewards of all processes, the seed and the number of batches so far, and on nothing else: not on how many processes
-there are, nor on torch's random generators, which injection leaves alone.
+there are, nor on torch's random generators, which injection leaves alone. All tensors are on the CPU: they are small.
 """
 
 import hashlib
@@ -316,7 +316,7 @@ class Injector:
             gain_of = dict(zip(every, rewards.tolist(), strict=True))
             own_mean = batch.own_rewards().nanmean(dim=1)
             for group, found in candidates.items():
-                given = torch.tensor([gain_of[group, index] for index in range(len(found))], device=rewards.device)
+                given = torch.tensor([gain_of[group, index] for index in range(len(found))])
                 found.gains = (total_reward(given, self.reward_weights) - own_mean[group]).tolist()
 
         picked, choices = [], []
@@ -343,9 +343,9 @@ class Injector:
         """Give each choice that helps the row that can best be spared."""
         if not choices:
             return []
-        given = torch.tensor([choice.rewards_per_func for choice in choices], device=self.reward_weights.device)
+        given = torch.tensor([choice.rewards_per_func for choice in choices])
         own_mean = batch.own_rewards().nanmean(dim=1)[[choice.group for choice in choices]]
-        gains = (total_reward(given, self.reward_weights) - own_mean.to(given.device)).tolist()
+        gains = (total_reward(given, self.reward_weights) - own_mean).tolist()
         spare = {choice.group: self._spare_slots(batch, choice.group) for choice in choices}
         placed = []
         for choice, excess in zip(choices, gains, strict=True):

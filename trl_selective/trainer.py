@@ -267,7 +267,7 @@ class SelectiveGuidanceGRPOTrainer(GRPOTrainer):
             per_batch=args.max_injected_per_batch,
             keep_failed=args.injection_advantage == "group",
             replaces=args.injection_replaces,
-            reward_weights=self.reward_weights,
+            reward_weights=self.reward_weights.cpu(),
             seed=args.seed,
             gather=gather_object,
         )
@@ -392,9 +392,9 @@ class SelectiveGuidanceGRPOTrainer(GRPOTrainer):
             batch.rows,
             prompt_ids,
             batch.completion_ids,
-            rewards=rewards,
-            is_correct=rewards > reward_range / 2,
-            is_guided=self._was_guided(),
+            rewards=rewards.cpu(),
+            is_correct=(rewards > reward_range / 2).cpu(),
+            is_guided=self._was_guided().cpu(),
             step=self.state.global_step,
             process_index=process_index,
         )
@@ -411,13 +411,11 @@ class SelectiveGuidanceGRPOTrainer(GRPOTrainer):
         for row, choice in injected.items():
             completion_ids[row] = list(choice.completion.token_ids)
             completions[row] = self._decode(batch.rows[row]["prompt"], prompt_ids[row], completion_ids[row])
-            if logprobs is not None:
-                logprobs[row] = [float("nan")] * len(
-                    completion_ids[row]
-                )  # unknown to the engine: TRL's own ratio is 1
+            if logprobs is not None:  # unknown to the engine: TRL's own ratio becomes 1
+                logprobs[row] = [float("nan")] * len(completion_ids[row])
             first_row = row - row % batch.num_generations
             for column, value in extra_logs[first_row, choice.completion.token_ids].items():
-                if len(self._pending_extra_logs[column]) == batch.num_rows:
+                if len(self._pending_extra_logs.get(column, ())) == batch.num_rows:
                     self._pending_extra_logs[column][row] = value
         if injection.injected:
             probed = list(injected)[:NUM_PROBED]
@@ -426,7 +424,7 @@ class SelectiveGuidanceGRPOTrainer(GRPOTrainer):
         return completion_ids, completions, logprobs
 
     def _score_completions(self, prompt_ids, extra_logs: dict, pairs, num_rows: int) -> torch.Tensor:
-        """Rewards of expert completions for rows of this process, by the user's functions. Every process scores `num_rows` rows: TRL gathers
+        """Rewards of expert completions for rows of this process, by the user's functions, on the CPU. Every process scores `num_rows` rows: TRL gathers
         them. What the functions log of a completion comes into `extra_logs`; what they measure means the policy, and is left out."""
         batch = self._batch
         rows, token_ids = [row for row, _ in pairs], [list(completion.token_ids) for _, completion in pairs]
@@ -452,7 +450,7 @@ class SelectiveGuidanceGRPOTrainer(GRPOTrainer):
                 }
         finally:
             self._pending_extra_logs, self._pending_metrics = pending
-        return rewards[self.accelerator.process_index * num_rows :][: len(pairs)]
+        return rewards[self.accelerator.process_index * num_rows :][: len(pairs)].cpu()
 
     def _decode(self, prompt, prompt_ids: list[int], token_ids: list[int]):
         """A completion as TRL shows those that it has generated itself."""

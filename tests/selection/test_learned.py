@@ -266,22 +266,16 @@ class Bandit:
 
 
 @pytest.mark.parametrize("seed", range(5))
-def test_the_learned_selector_beats_random_at_the_same_budget(seed, record_property):
-    """One injection per round for either, over the same rounds: most of what the best choice would gain over a random one."""
+def test_the_learned_selector_beats_random_at_the_same_budget(seed):
+    """One injection per round for either, over the same rounds: most of what the best choice would gain over a random one.
+
+    Mean true gains at the seeds 0 to 4: random -0.02, -0.06, -0.02, -0.01, -0.22; learned 0.13, 0.06, 0.16, 0.14, -0.04; the best choice
+    each time 0.14, 0.07, 0.17, 0.15, -0.03.
+    """
     learned = Learned()
     ours, random = Bandit(seed).mean_gains(learned), Bandit(seed).mean_gains(Random())
     assert (ours["any"], ours["best"]) == (random["any"], random["best"])  # the same rounds
     share = (ours["taken"] - random["taken"]) / (ours["best"] - random["taken"])
-    for name, value in {
-        "learned": ours["taken"],
-        "random": random["taken"],
-        "best": ours["best"],
-        "share": share,
-    }.items():
-        record_property(name, value)
-    print(
-        f"seed {seed}: learned {ours['taken']:.4f}, random {random['taken']:.4f}, best {ours['best']:.4f}, {share:.0%}"
-    )
     assert abs(random["taken"] - random["any"]) < 0.03
     assert ours["taken"] > random["taken"] + 0.05
     assert share > 0.6
