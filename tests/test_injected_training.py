@@ -631,6 +631,18 @@ def test_mixed_precision_and_gradient_checkpointing(tmp_path):
     assert trainer.model.training
 
 
+def test_what_is_looked_at_is_looked_at_without_dropout(tmp_path):
+    """Twice the same, and no random number is drawn; afterwards the policy trains on with dropout."""
+    model = AutoModelForCausalLM.from_pretrained(POLICY, attention_dropout=0.5)
+    trainer = build(tmp_path, model=model)
+    trainer.model.train()
+    state = torch.get_rng_state()
+    first, second = (trainer._policy_logps([[3, 9, 20]], [[5, 7, 1]])[0] for _ in range(2))
+    assert torch.equal(first, second)
+    assert torch.equal(torch.get_rng_state(), state)
+    assert all(module.training for module in trainer.model.modules())
+
+
 def test_a_stream_of_rows_is_checked_as_it_comes(tmp_path):
     rows = list(with_completions(["R 1"], num_problems=8))
     stream = IterableDataset.from_generator(lambda: iter([{**row, "expert_completions": [""]} for row in rows]))
@@ -639,6 +651,30 @@ def test_a_stream_of_rows_is_checked_as_it_comes(tmp_path):
         ValueError, match=r"The row with the prompt '.*, completion 0 in 'expert_completions' is '', which has no text"
     ):
         trainer.train()
+
+
+def test_a_stream_without_the_column_is_named(tmp_path):
+    rows = list(expert_dataset(8).remove_columns("expert_completions"))
+    trainer = build(tmp_path, train_dataset=IterableDataset.from_generator(lambda: iter(rows)), max_steps=1)
+    with pytest.raises(
+        ValueError, match=r"has no column 'expert_completions', only \['prompt', .*Name the columns in"
+    ):
+        trainer.train()
+
+
+def test_completions_that_are_all_too_long_are_named(tmp_path):
+    with pytest.warns(
+        UserWarning, match="All expert completions of a batch are longer than max_completion_length, and were dropped"
+    ):
+        trainer = trained(tmp_path, train_dataset=with_completions(["R 1 " * 20]), max_steps=1)
+    assert logged(trainer, "guidance/injection/overlong") == [1.0]
+    assert not trainer.batches[0].injection.choices
+
+
+def test_the_same_completion_does_not_come_twice_into_one_group(tmp_path):
+    trainer = trained(tmp_path, train_dataset=with_completions(["R 1 D 7", "R 1 D 7"]), num_injected_completions=2, max_steps=1,
+                      injection_advantage="group")  # fmt: skip
+    assert len(trainer.batches[0].injection.injected) == 4  # one for each group
 
 
 @pytest.mark.parametrize("selector", ["first", "random", "shortest", "learnable", "novel", "diverse", "reward_gain", "learned",
@@ -792,15 +828,19 @@ def test_other_selectors_than_those_of_the_checkpoint_are_named(tmp_path):
 
 PROCESSES = """
 import json, sys, torch
+from datasets import Dataset
 from tests.test_injected_training import Watched, build, logged
 from tests.training import expert_dataset
 # Greedy rollouts, so that they do not depend on who draws them.
+# Some of the completions are wrong, so that it matters whose reward is whose.
+rows = [{**row, "expert_completions": [row["expert_completions"][0], "U U", row["expert_completions"][2]]}
+        for row in expert_dataset(5, num_completions=3)]
 trainer = build(sys.argv[1], max_steps=4, per_device_train_batch_size=int(sys.argv[2]), generation_kwargs={"do_sample": False, "top_k": None},
-                train_dataset=expert_dataset(5, num_completions=3), injection_selector="learned & random", max_injected_per_batch=3,
+                train_dataset=Dataset.from_list(rows), injection_selector="learned & random", max_injected_per_batch=3,
                 expert_sources_column="expert_sources", num_injected_completions=2, learning_rate=1e-3, seed=5)
 trainer.train()
 names = ["reward", "guidance/injection/rows", "guidance/injection/logp", "guidance/injection/logp_after", "guidance/injection/gradient_share",
-         "guidance/injection/success_change", "guidance/injection/calibration_error", "entropy", "loss"]
+         "guidance/injection/success_change", "guidance/injection/accepted", "guidance/injection/calibration_error", "entropy", "loss"]
 record = {"logs": {name: logged(trainer, name) for name in names}, "state": trainer._injector.state_dict(),
           "weights": trainer.accelerator.unwrap_model(trainer.model).lm_head.weight.tolist(),
           "injected": [[(c.row, c.completion.token_ids) for c in batch.injection.injected] for batch in trainer.batches],
@@ -828,6 +868,7 @@ def test_two_processes_give_the_result_of_one(tmp_path):
     assert first["state"] == second["state"]
     assert first["injected"] == second["injected"] == one["injected"]
     assert all(one["injected"])
+    assert 0 < min(one["logs"]["guidance/injection/accepted"]) < 1
     assert first["weights"] == second["weights"]
     torch.testing.assert_close(torch.tensor(first["weights"]), torch.tensor(one["weights"]), rtol=0, atol=1e-5)
     for name, values in one["logs"].items():

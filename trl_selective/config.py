@@ -464,6 +464,9 @@ class SelectiveGuidanceGRPOConfig(GRPOConfig):
             and GUIDANCE_FIELDS - {"guidance_coef", "guidance_steps"},
             "guidance_weighting='constant'": self.guidance_weighting == "constant"
             and {"entropy_quantile", "entropy_threshold_init", "entropy_threshold_floor"},
+            f"injection_correction={self.injection_correction!r}, which takes no ratio": injected
+            and self.injection_correction not in TRUNCATED
+            and {"expert_logprobs_column", *(() if guided else ("importance_ratio_max",))},
             "guided_importance_correction='none'": self.guided_importance_correction == "none"
             and not (injected and self.injection_correction in TRUNCATED)
             and {"importance_ratio_max"},
@@ -471,9 +474,6 @@ class SelectiveGuidanceGRPOConfig(GRPOConfig):
             f"draft_length={self.draft_length}": self.draft_length is not None and {"max_draft_length"},
             f"injection_correction={self.injection_correction!r}": "policy_shaping" not in self.injection_correction
             and {"shaping_gamma"},
-            f"injection_correction={self.injection_correction!r} (it needs no log-probabilities)": injected
-            and self.injection_correction not in TRUNCATED
-            and {"expert_logprobs_column"},
             f"injection_trigger={self.injection_trigger!r}": {
                 *({"injection_threshold"} if "below" not in self.injection_trigger else ()),
                 *(PROBABILITY_FIELDS if "with_probability" not in self.injection_trigger else ()),

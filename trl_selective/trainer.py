@@ -385,7 +385,7 @@ class SelectiveGuidanceGRPOTrainer(GRPOTrainer):
     def _inject(self, prompt_ids, completions, logprobs) -> tuple[list, list, list | None]:
         """Put selected expert completions into their rows: token ids, decoded completions, log-probabilities of an inference engine."""
         self._log_last_injected()
-        started, batch = time.perf_counter(), self._batch
+        started, batch, args = time.perf_counter(), self._batch, self.args
         rewards, reward_range = self._rewards_by_group(batch.sampled_rewards_per_func)
         process_index = self.accelerator.process_index
         sampled = SampledBatch(
@@ -402,6 +402,16 @@ class SelectiveGuidanceGRPOTrainer(GRPOTrainer):
         injection = self._injector.choose(
             sampled, partial(self._score_completions, prompt_ids, extra_logs), self._policy_logps
         )
+        if (
+            injection.num_read
+            and injection.num_read == injection.num_overlong
+            and args.overlong_expert_completions == "drop"
+        ):
+            warnings.warn(
+                "All expert completions of a batch are longer than max_completion_length, and were dropped. Raise it, or set "
+                "overlong_expert_completions='truncate'.",
+                stacklevel=2,
+            )
         batch.injection, batch.rewards_per_func = injection, batch.sampled_rewards_per_func.clone()
         for choice in injection.injected:
             batch.rewards_per_func[choice.row] = torch.tensor(choice.rewards_per_func)

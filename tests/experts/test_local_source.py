@@ -99,7 +99,7 @@ def test_what_is_cut_off_or_empty_is_not_whole(expert):
 def test_a_policy_that_reads_other_tokens_has_no_logps(expert):
     """One that ends otherwise; one that has another id for the filler; and one with the same ids but for words not used."""
     known = complete(source_of(expert))
-    ends_otherwise = complete(source_of(expert, policy_tokenizer=tokenizer_with(eos_token="~")))
+    ends_otherwise = complete(source_of(expert, policy_tokenizer=tokenizer_with(eos_token=">")))
     assert all(each.logps is None for row in ends_otherwise for each in row)
     assert [[e.text for e in row] for row in ends_otherwise] == [[e.text for e in row] for row in known]
 

@@ -138,9 +138,9 @@ def test_no_more_logits_than_are_needed():
     assert calls == [(2, 8, 8), (2, 7, 5), (1, 6, 6)]
 
 
-@pytest.mark.parametrize(("room", "sizes"), [(10**9, [5]), (2 * 7 * 7, [2, 2, 1]), (1, [1] * 5)])
+@pytest.mark.parametrize(("room", "sizes"), [(10**9, [5]), (2 * 8 * 7, [2, 2, 1]), (1, [1] * 5)])
 def test_as_many_rows_as_there_is_room_for(monkeypatch, room, sizes):
-    """Logits of a row: at most 7 tokens of 7 ids. A row that is too large goes alone."""
+    """Logits of a row: from the last token of the shortest prompt to the end of the longest text, 8 of 7 ids. A row that is too large goes alone."""
     monkeypatch.setattr(scoring, "LOGITS_AT_ONCE", room)
     model = tiny_model(1)
     calls = forwards(model)

@@ -124,6 +124,11 @@ class CompletionReader:
         sources = self._sources(row, len(all_token_ids), name)
         found = []
         for number, (token_ids, logps, source) in enumerate(zip(all_token_ids, logprobs, sources, strict=True)):
+            if token_ids[0] in self.eos_token_ids:
+                raise ValueError(
+                    f"{name}, completion {number} in {self.completions_column!r} has no text before its first end token: there is nothing to "
+                    "learn from it. Leave it out."
+                )
             self._check_logps(logps, token_ids, f"{name}, completion {number}")
             self.num_read += 1
             self.num_overlong += len(token_ids) > self.max_completion_length
@@ -151,6 +156,11 @@ class CompletionReader:
 
     def _completions(self, row: Mapping[str, Any], where: str) -> list[Any]:
         """The completions of a row as a list of texts and conversations, checked without being tokenised."""
+        if missing := [column for column in self.columns if column not in row]:
+            raise ValueError(
+                f"{where} has no column {missing[0]!r}, only {list(row)}. Name the columns in expert_completions_column, "
+                "expert_logprobs_column and expert_sources_column."
+            )
         value = row[self.completions_column]
         if value is None:
             return []

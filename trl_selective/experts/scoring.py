@@ -44,8 +44,11 @@ def completion_logps(
         temperature: > 0, divides the logits.
         batch_size: rows per forward; None for as many as `LOGITS_AT_ONCE` has room for. Padding changes nothing.
     """
+    if not prompt_ids:
+        return []
     if batch_size is None:
-        longest = max(map(len, completion_ids), default=1)
+        texts_of = zip(prompt_ids, completion_ids, strict=True)
+        longest = max(len(prompt) + len(completion) for prompt, completion in texts_of) - min(map(len, prompt_ids)) + 1
         batch_size = max(1, LOGITS_AT_ONCE // (longest * model.config.get_text_config().vocab_size))  # type: ignore[operator, union-attr]
     device = next(model.parameters()).device
     takes_logits_to_keep = "logits_to_keep" in optional_arguments(model)

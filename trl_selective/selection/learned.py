@@ -20,7 +20,7 @@ from torch import Tensor
 from trl_selective.selection.candidates import Candidates
 from trl_selective.selection.selectors import Selector
 
-NUM_SOURCES = 8  # sources are told apart by a hash into this many features
+NUM_SOURCES = 32  # sources are told apart by a hash into this many features
 NUM_FEATURES = 6 + NUM_SOURCES
 NUM_BINS = 10  # of predictions in [-1, 1], for the calibration
 PRIOR_VARIANCE = 0.25  # of a change, as if seen once

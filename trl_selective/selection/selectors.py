@@ -62,12 +62,14 @@ class Pick:
 
 
 def choose(selector: Selector, candidates: Candidates, number: int) -> list[Pick]:
-    """Choose up to `number` completions, one after the other, the first of equals first. `candidates.chosen` grows with them."""
+    """Choose up to `number` completions, one after the other, the first of equals first, none twice. `candidates.chosen` grows with them."""
     found: list[Pick] = []
     while len(found) < min(number, len(candidates)):
         decided_by = selector.decided_by(candidates)
         scores = selector.scores(candidates)
-        scores = [NOT_ELIGIBLE if i in candidates.chosen else score for i, score in enumerate(scores)]
+        texts = [completion.token_ids for completion in candidates.completions]
+        taken = {texts[index] for index in candidates.chosen}
+        scores = [NOT_ELIGIBLE if text in taken else score for text, score in zip(texts, scores, strict=True)]
         best = max(range(len(scores)), key=scores.__getitem__)
         if scores[best] == NOT_ELIGIBLE:
             break

@@ -109,7 +109,7 @@ class ZeroVariance(Trigger):
     name = "zero_variance"
 
     def fires(self, outcomes: GroupOutcomes) -> Bool[Tensor, "groups"]:
-        std = nanstd(outcomes.rewards, dim=1)
+        std = nanstd(outcomes.rewards, dim=1).nan_to_num(nan=0.0)  # a single reward does not vary either
         return torch.isclose(std, torch.zeros_like(std))
 
 
