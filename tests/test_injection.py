@@ -480,16 +480,16 @@ def test_what_others_chose_teaches_as_well():
 
 
 def test_over_many_batches_the_learned_selector_finds_what_pays():
-    """Prompts come back solved after the long completion, and as they were after the short one."""
+    """Prompts come back solved after the short completion, and as they were after the long one."""
     injector, taken = make_injector(selector="learned"), []
     for number in range(30):
         prompts = [f"{number} {group} :" for group in range(2)]
         injection = inject(injector, make_batch([FAILED] * 2, prompts=prompts, expert=[["10", "9 8 7 6 5"]] * 2))
         taken += texts_of(injection)
-        outcomes = [SOLVED if text == "9 8 7 6 5" else FAILED for text in texts_of(injection)]
+        outcomes = [SOLVED if text == "10" else FAILED for text in texts_of(injection)]
         inject(injector, make_batch(outcomes, prompts=prompts, expert=[[]] * 2))
-    assert taken[0] == "10"  # it had to find out
-    assert taken[20:].count("9 8 7 6 5") >= 38
+    assert taken[0] == "9 8 7 6 5"  # it had to find out
+    assert taken[20:].count("10") >= 38
 
 
 # ---- State -----------------------------------------------------------------------------------------------------------------------------

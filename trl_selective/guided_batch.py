@@ -52,7 +52,8 @@ class GuidedBatch:
     @property
     def is_guided(self) -> list[bool]:
         """For each row of this process."""
-        return [row % self.num_generations >= self.num_on_policy for row in range(self.num_rows)]
+        group = [False] * self.num_on_policy + [True] * self.num_guided
+        return group * (self.num_rows // self.num_generations)
 
     def split(self, rows: list) -> tuple[list, list]:
         """`rows` by kind: on-policy ones, guided ones."""

@@ -74,6 +74,17 @@ class SampledBatch:
         """The first row of one of `own_groups`."""
         return (group - self.own_groups.start) * self.num_generations
 
+    @cached_property
+    def slots(self) -> list[list[tuple[float, bool]]]:
+        """Reward, and whether it was guided, of each row of each group."""
+        pairs = zip(self.rewards.tolist(), self.is_guided.tolist(), strict=True)
+        return [list(zip(rewards, is_guided, strict=True)) for rewards, is_guided in pairs]
+
+    @cached_property
+    def own_means(self) -> list[float]:
+        """Mean reward of the policy's own rollouts of each group, NaN where nothing scored one: the baseline."""
+        return self.own_rewards().nanmean(dim=1).tolist()
+
     def own_rewards(self) -> Float[Tensor, "groups generations"]:
         """Total rewards of the policy's own rollouts, NaN elsewhere: what the baseline is made of."""
         return self.rewards.masked_fill(self.is_guided, torch.nan)
@@ -275,16 +286,12 @@ class Injector:
         stream: random.Random,
     ) -> Candidates:
         """What a selector may look at."""
-        first, is_guided, rewards = (
-            batch.first_row(group),
-            batch.is_guided[group].tolist(),
-            batch.rewards[group].tolist(),
-        )
-        own = [slot for slot in range(batch.num_generations) if not is_guided[slot]]
+        first = batch.first_row(group)
+        own = {slot: reward for slot, (reward, is_guided) in enumerate(batch.slots[group]) if not is_guided}
         return Candidates(
             completions=completions,
             rollouts=[batch.completion_ids[first + slot] for slot in own],
-            rewards=[rewards[slot] for slot in own],
+            rewards=list(own.values()),
             success_rate=batch.success_rates[group],
             num_prompt_tokens=len(batch.prompt_ids[first]),
             noise=[stream.random() for _ in completions],
@@ -314,18 +321,18 @@ class Injector:
             every = [(group, index) for group, found in candidates.items() for index in range(len(found))]
             rewards = score([(batch.first_row(group), candidates[group].completions[index]) for group, index in every])
             gain_of = dict(zip(every, rewards.tolist(), strict=True))
-            own_mean = batch.own_rewards().nanmean(dim=1)
             for group, found in candidates.items():
                 given = torch.tensor([gain_of[group, index] for index in range(len(found))])
-                found.gains = (total_reward(given, self.reward_weights) - own_mean[group]).tolist()
+                found.gains = (total_reward(given, self.reward_weights) - batch.own_means[group]).tolist()
 
         picked, choices = [], []
         for group, found in candidates.items():
-            lines, predictions = self._predictions(found)
             for pick in choose(self.selector, found, allotted[group]):
                 picked.append((group, pick.index))
-                completion, line, predicted = found.completions[pick.index], lines[pick.index], predictions[pick.index]
-                choices.append(Choice(group, completion, pick.selector, pick.score, line, predicted))
+                line, predicted = self._prediction(found, pick.index)
+                choices.append(
+                    Choice(group, found.completions[pick.index], pick.selector, pick.score, line, predicted)
+                )
         if not self.selector.needs_gains:
             rewards = score([(batch.first_row(choice.group), choice.completion) for choice in choices])
             gain_of = dict(zip(picked, rewards.tolist(), strict=True))
@@ -333,23 +340,23 @@ class Injector:
             replace(choice, rewards_per_func=gain_of[which]) for choice, which in zip(choices, picked, strict=True)
         ]
 
-    def _predictions(self, found: Candidates) -> tuple[list, list]:
-        """Features and prediction of each candidate, None where no selector learns."""
+    def _prediction(self, found: Candidates, index: int) -> tuple[list[float] | None, float | None]:
+        """Features and prediction of a candidate, None where no selector learns."""
         if found.features is None:
-            return [None] * len(found), [None] * len(found)
-        return found.features.tolist(), self.selector.learners()[0].model.predict(found.features)[0].tolist()
+            return None, None
+        line = found.features[index]
+        return line.tolist(), (line @ self.selector.learners()[0].model.coefficients).item()
 
     def _place(self, batch: SampledBatch, choices: list[Choice]) -> list[Choice]:
         """Give each choice that helps the row that can best be spared."""
         if not choices:
             return []
         given = torch.tensor([choice.rewards_per_func for choice in choices])
-        own_mean = batch.own_rewards().nanmean(dim=1)[[choice.group for choice in choices]]
-        gains = (total_reward(given, self.reward_weights) - own_mean).tolist()
+        totals = total_reward(given, self.reward_weights).tolist()
         spare = {choice.group: self._spare_slots(batch, choice.group) for choice in choices}
         placed = []
-        for choice, excess in zip(choices, gains, strict=True):
-            row = None
+        for choice, total in zip(choices, totals, strict=True):
+            row, excess = None, total - batch.own_means[choice.group]
             if excess > 0 or (self.keep_failed and not math.isnan(excess)):
                 row = choice.group * batch.num_generations + spare[choice.group].pop(0)
             placed.append(replace(choice, row=row))
@@ -360,8 +367,7 @@ class Injector:
         slots = reversed(range(batch.num_generations))
         if self.replaces == "last":
             return list(slots)
-        rewards, is_guided = batch.rewards[group].nan_to_num(nan=-math.inf).tolist(), batch.is_guided[group].tolist()
-        return sorted(slots, key=lambda slot: (rewards[slot], not is_guided[slot]))
+        return sorted(slots, key=lambda slot: _spared_first(*batch.slots[group][slot]))
 
     def _remember(self, choices: list[Choice], prompts: list[str], success_rates: list[float]) -> None:
         for choice in choices:
@@ -390,6 +396,11 @@ class Injector:
         self.memory.load_state_dict(state["memory"])
         for learner, learnt in zip(learners, state["learners"], strict=True):
             learner.model.load_state_dict(learnt)
+
+
+def _spared_first(reward: float, is_guided: bool) -> tuple[float, bool]:
+    """Sorts what nothing scored first, then low rewards, of equal ones those of guided rollouts."""
+    return (-math.inf if math.isnan(reward) else reward, not is_guided)
 
 
 def _key(prompt: Any) -> str:

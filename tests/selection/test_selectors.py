@@ -77,6 +77,8 @@ def test_scores_in_numbers():
     group = candidates([7, 8, 9, 6], [1, 2, 3, 7], [1, 2, 3, 4], [1, 2], rollouts=GROUP)
     # {123, 234} and {123, 237} share 1 of 3; a text without trigrams shares none of a rollout's
     assert Novel().scores(group) == pytest.approx([1.0, 2 / 3, 0.0, 1.0])
+    # of {123, 237} one is new; a text without trigrams has nothing new
+    assert group.share_of_new(3) == pytest.approx([1.0, 1 / 2, 0.0, 0.0])
     assert Shortest().scores(group) == [-4.0, -4.0, -4.0, -2.0]
     # the group has 6 bigrams, 4 of them distinct: (4 + 3) / 9, (4 + 1) / 9, 4 / 9, 4 / 7
     assert Diverse().scores(group) == pytest.approx([7 / 9, 5 / 9, 4 / 9, 4 / 7])
@@ -86,6 +88,8 @@ def test_the_length_of_the_n_grams():
     group = candidates([4, 3, 2, 1], [1, 2, 9, 9], rollouts=[[1, 2, 3, 4]])
     assert Novel(n=1).scores(group) == pytest.approx([0.0, 1 - 2 / 5])
     assert Novel(n=2).scores(group) == pytest.approx([1.0, 1 - 1 / 5])
+    assert group.share_of_new(1) == pytest.approx([0.0, 1 / 3])  # of {1, 2, 9} the last
+    assert group.share_of_new(2) == pytest.approx([1.0, 2 / 3])  # of {12, 29, 99} the last two
     assert Diverse(n=1).scores(group) == pytest.approx([4 / 8, 5 / 8])
 
 

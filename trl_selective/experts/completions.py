@@ -243,7 +243,9 @@ class CompletionReader:
 
     def _tokenize(self, texts: list[str]) -> list[list[int]]:
         """Token ids of each text up to its end token, which is appended where there is none."""
-        rows = self.tokenizer(text=texts, add_special_tokens=False)["input_ids"] if texts else []
+        if not texts:
+            return []
+        rows = self.tokenizer(text=texts, add_special_tokens=False, return_attention_mask=False)["input_ids"]
         ends = [next((i for i, token in enumerate(ids) if token in self.eos_token_ids), None) for ids in rows]
         return [
             [*ids, self.eos_token_ids[0]] if end is None else ids[: end + 1]

@@ -56,6 +56,12 @@ class Candidates:
 
     def novelty(self, n: int) -> list[float]:
         """1 - the largest n-gram overlap (Jaccard) of each completion with anything `seen`: 0 for a repetition, 1 for something all new."""
-        seen = {frozenset(n_grams(text, n)) for text in self.seen()}
-        own = [frozenset(n_grams(completion.token_ids, n)) for completion in self.completions]
-        return [1 - max((jaccard(grams, other) for other in seen), default=0.0) for grams in own]
+        others = [set(n_grams(text, n)) for text in {tuple(text) for text in self.seen()}]
+        own = [set(n_grams(completion.token_ids, n)) for completion in self.completions]
+        return [1 - max([jaccard(grams, other) for other in others], default=0.0) for grams in own]
+
+    def share_of_new(self, n: int) -> list[float]:
+        """Share of the n-grams of each completion that nothing `seen` has: coarser than `novelty`, and several times faster."""
+        seen = {gram for text in self.seen() for gram in n_grams(text, n)}
+        own = [set(n_grams(completion.token_ids, n)) for completion in self.completions]
+        return [len(grams - seen) / max(len(grams), 1) for grams in own]

@@ -11,6 +11,7 @@ the choice between them.
 import hashlib
 import math
 from dataclasses import dataclass, field
+from functools import cache
 from typing import Any
 
 import torch
@@ -21,7 +22,8 @@ from trl_selective.selection.candidates import Candidates
 from trl_selective.selection.selectors import Selector
 
 NUM_SOURCES = 32  # sources are told apart by a hash into this many features
-NUM_FEATURES = 6 + NUM_SOURCES
+NUM_NUMBERS = 6  # features beside them
+NUM_FEATURES = NUM_NUMBERS + NUM_SOURCES
 NUM_BINS = 10  # of predictions in [-1, 1], for the calibration
 PRIOR_VARIANCE = 0.25  # of a change, as if seen once
 
@@ -32,25 +34,32 @@ def features(candidates: Candidates) -> Float[Tensor, "completions features"]:
     The policy's log-probabilities are not among them: they would cost a forward pass over all candidates. `learned & learnable` has both.
     """
     mean_length = sum(map(len, candidates.rollouts)) / len(candidates.rollouts)
-    novelty = candidates.novelty(3)
-    lines = []
-    for index, completion in enumerate(candidates.completions):
-        length = len(completion.token_ids)
-        source = [0.0] * NUM_SOURCES
-        if completion.source is not None:
-            source[hashlib.sha256(completion.source.encode()).digest()[0] % NUM_SOURCES] = 1.0
-        lines.append(
+    share_of_new = candidates.share_of_new(3)
+    lines = torch.zeros(len(candidates), NUM_FEATURES, dtype=torch.float64)
+    lines[:, :NUM_NUMBERS] = torch.tensor(
+        [
             [
                 1.0,
                 candidates.success_rate,
                 math.log(candidates.num_prompt_tokens) / 10,
-                max(-1.0, min(1.0, math.log(length / mean_length) / 2)),
-                novelty[index],
+                max(-1.0, min(1.0, math.log(len(completion.token_ids) / mean_length) / 2)),
+                share_of_new[index],
                 min(1.0, candidates.times_injected[index] / 4),
-                *source,
             ]
-        )
-    return torch.tensor(lines, dtype=torch.float64)
+            for index, completion in enumerate(candidates.completions)
+        ],
+        dtype=torch.float64,
+    )
+    for index, completion in enumerate(candidates.completions):
+        if completion.source is not None:
+            lines[index, NUM_NUMBERS + _slot(completion.source)] = 1.0
+    return lines
+
+
+@cache
+def _slot(source: str) -> int:
+    """The feature of a source, the same in every process and run."""
+    return hashlib.sha256(source.encode()).digest()[0] % NUM_SOURCES
 
 
 @dataclass
@@ -84,10 +93,19 @@ class GainModel:
         self, lines: Float[Tensor, "completions features"]
     ) -> tuple[Float[Tensor, "completions"], Float[Tensor, "completions"]]:
         """Mean of the change to expect, and the standard deviation of that mean."""
+        return lines @ self.coefficients, (lines @ self._solved[1] * lines).sum(1).sqrt()
+
+    @property
+    def coefficients(self) -> Float[Tensor, "features"]:
+        """Their mean: the prediction is `line @ coefficients`."""
+        return self._solved[0]
+
+    @property
+    def _solved(self) -> tuple[Tensor, Tensor]:
+        """Mean and covariance of the coefficients, solved for once per outcome."""
         if self._solution is None:
             self._solution = self._solve()
-        coefficients, covariance = self._solution
-        return lines @ coefficients, (lines @ covariance * lines).sum(1).sqrt()
+        return self._solution
 
     def _solve(self) -> tuple[Float[Tensor, "features"], Float[Tensor, "features features"]]:
         """Mean and covariance of the coefficients. The variance of an outcome is estimated from what the mean leaves unexplained."""
