@@ -1,10 +1,14 @@
 """A model in this process: what it draws, what it says about it, and what a policy reads."""
 
 from dataclasses import replace
+from itertools import chain
 
 import pytest
 import torch
-from transformers import AutoTokenizer
+from tokenizers import Regex, Tokenizer
+from tokenizers.models import WordLevel
+from tokenizers.pre_tokenizers import Split
+from transformers import AutoTokenizer, PreTrainedTokenizerFast
 
 from tests.training import EXPERT, path_dataset
 from trl_selective.experts import LocalSource, Sampling, load_expert, local_source
@@ -94,6 +98,30 @@ def test_what_is_cut_off_or_empty_is_not_whole(expert):
     assert source._text([3, 1]) == "1"
     for ids in ([3, 3], [1], [0, 1]):  # no end; an end alone; padding alone, which no reader takes
         assert source._text(ids) is None
+
+
+def test_what_the_policy_reads_as_empty_is_no_answer(expert):
+    """The end token of this policy is a word of the expert, with which some of its answers begin."""
+    known = complete(source_of(expert))
+    answers = complete(source_of(expert, policy_tokenizer=tokenizer_with(eos_token="~")))
+    begins_with_end = [e.is_whole and e.text.startswith("~") for row in known for e in row]
+    assert any(begins_with_end)
+    assert not all(begins_with_end)
+    for before, after, is_empty in zip(chain(*known), chain(*answers), begins_with_end, strict=True):
+        assert after.is_whole == (before.is_whole and not is_empty)
+        assert (after.text, after.logps) == (before.text, None)
+
+
+def test_an_answer_that_is_longer_for_the_policy_is_kept(expert):
+    """A policy that reads each blank and each character by itself, as one with a smaller vocabulary would."""
+    characters = Tokenizer(WordLevel({"<eos>": 0, "<unk>": 1}, unk_token="<unk>"))
+    characters.pre_tokenizer = Split(Regex("."), "isolated")
+    policy_tokenizer = PreTrainedTokenizerFast(tokenizer_object=characters, eos_token="<eos>", unk_token="<unk>")
+    known = complete(source_of(expert))
+    assert any(e.is_whole and len(policy_tokenizer(e.text).input_ids) > 26 for row in known for e in row)
+    for row, other in zip(known, complete(source_of(expert, policy_tokenizer=policy_tokenizer)), strict=True):
+        assert [(e.text, e.is_whole) for e in other] == [(e.text, e.is_whole) for e in row]
+        assert not any(e.logps for e in other)
 
 
 def test_a_policy_that_reads_other_tokens_has_no_logps(expert):

@@ -17,6 +17,10 @@ OVERLONG = ("drop", "truncate")
 PREVIEW = 60  # characters of a text in a message
 
 
+class EmptyCompletionError(ValueError):
+    """A completion in which the policy reads nothing that it could learn from."""
+
+
 @dataclass(frozen=True)
 class ExpertCompletion:
     """One completion that may be injected.
@@ -125,7 +129,7 @@ class CompletionReader:
         found = []
         for number, (token_ids, logps, source) in enumerate(zip(all_token_ids, logprobs, sources, strict=True)):
             if token_ids[0] in self.eos_token_ids:
-                raise ValueError(
+                raise EmptyCompletionError(
                     f"{name}, completion {number} in {self.completions_column!r} has no text before its first end token: there is nothing to "
                     "learn from it. Leave it out."
                 )
@@ -182,7 +186,7 @@ class CompletionReader:
             if not isinstance(completion, str):
                 self._check_conversation(row, completion, which)
             if self._is_blank(completion if isinstance(completion, str) else completion[0]["content"]):
-                raise ValueError(
+                raise EmptyCompletionError(
                     f"{which} is {_preview(completion)}, which has no text: there is nothing to learn from it. Leave it out."
                 )
         if len(kinds) > 1:

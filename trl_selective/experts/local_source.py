@@ -10,7 +10,7 @@ from jaxtyping import Float
 from torch import Tensor
 from transformers import PreTrainedTokenizerBase
 
-from trl_selective.experts.completions import CompletionReader
+from trl_selective.experts.completions import CompletionReader, EmptyCompletionError
 from trl_selective.experts.local import Expert
 from trl_selective.experts.scoring import completion_logps
 from trl_selective.experts.sources import Completion, Sampling
@@ -58,7 +58,7 @@ class LocalSource:
             completions_column="completion",
             logprobs_column=None,
             sources_column=None,
-            overlong="drop",
+            overlong="truncate",
             needs_logprobs=False,
             render=lambda messages, is_prompt: self.policy_tokenizer.apply_chat_template(
                 messages, tokenize=False, add_generation_prompt=is_prompt
@@ -99,20 +99,21 @@ class LocalSource:
             uniforms=torch.cat([self._uniforms(start + row) for row in range(len(prompts))]),
         )
         texts = [self._text(ids) for ids in drawn]
-        has_logps = [
-            text is not None and self._is_read_back(prompts[row], text, ids, f"Row {start + row}")
-            for row, text, ids in zip(rows, texts, drawn, strict=True)
+        read = [
+            None if text is None else self._read_back(prompts[row], text, f"Row {start + row}")
+            for row, text in zip(rows, texts, strict=True)
         ]
+        has_logps = [ids == again for ids, again in zip(drawn, read, strict=True)]
         scored = [list(compress(token_ids, has_logps)) for token_ids in (prompt_ids, drawn)]
         logps = iter(completion_logps(self.model, *scored, temperature=temperature))
         answers = [
             Completion(
                 text or "",
-                is_whole=text is not None,
+                is_whole=again is not None,
                 token_ids=ids,
                 logps=[round(logp, DECIMALS) for logp in next(logps).tolist()] if is_scored else None,
             )
-            for text, ids, is_scored in zip(texts, drawn, has_logps, strict=True)
+            for text, ids, again, is_scored in zip(texts, drawn, read, has_logps, strict=True)
         ]
         return [answers[first : first + num] for first in range(0, len(answers), num)]
 
@@ -130,12 +131,14 @@ class LocalSource:
             return None
         return self.tokenizer.decode(said, clean_up_tokenization_spaces=False)
 
-    def _is_read_back(self, prompt: str | Conversation, text: str, token_ids: list[int], where: str) -> bool:
-        """Whether the policy reads the stored completion as the tokens that were drawn."""
+    def _read_back(self, prompt: str | Conversation, text: str, where: str) -> list[int] | None:
+        """The tokens that the policy reads in the stored completion; None if it reads nothing, as behind an end token of its own."""
         try:
-            read = self._reader.read({"prompt": prompt, "completion": [as_completion(prompt, text)]}, where)
+            (read,) = self._reader.read({"prompt": prompt, "completion": [as_completion(prompt, text)]}, where)
+        except EmptyCompletionError:
+            return None
         except ValueError as error:
             raise ValueError(
                 f"{error} Here that means: use prompts that are texts, or the tokenizer of another policy."
             ) from error
-        return [each.token_ids for each in read] == [tuple(token_ids)]
+        return list(read.token_ids)
