@@ -110,6 +110,9 @@ def test_what_the_policy_reads_as_empty_is_no_answer(expert):
     for before, after, is_empty in zip(chain(*known), chain(*answers), begins_with_end, strict=True):
         assert after.is_whole == (before.is_whole and not is_empty)
         assert (after.text, after.logps) == (before.text, None)
+    source = source_of(expert, policy_tokenizer=tokenizer_with(eos_token="~"))
+    for text in ("~ 1", "~", "~ ~ <pad>"):  # words behind the end; nothing but special tokens of the policy
+        assert source._read_back(PROMPTS[0], text, "Row 0") is None
 
 
 def test_an_answer_that_is_longer_for_the_policy_is_kept(expert):

@@ -58,7 +58,7 @@ class LocalSource:
             completions_column="completion",
             logprobs_column=None,
             sources_column=None,
-            overlong="truncate",
+            overlong="truncate",  # a longer answer is an answer too; it has no log-probabilities, being other tokens than those drawn
             needs_logprobs=False,
             render=lambda messages, is_prompt: self.policy_tokenizer.apply_chat_template(
                 messages, tokenize=False, add_generation_prompt=is_prompt

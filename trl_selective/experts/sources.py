@@ -46,7 +46,7 @@ class Completion:
 
     Attributes:
         text: behind the prompt, without the end token.
-        is_whole: whether the expert said something, and came to its end by itself.
+        is_whole: whether the expert said something, which the policy (if its tokenizer is known) reads too, and came to its end by itself.
         token_ids: as drawn, of the expert's tokenizer, if known.
         logps: log pi_b of each token that a policy reads from the text, its end token included, if known.
     """
