@@ -330,6 +330,7 @@ def test_without_guidance_nothing_of_it_is_refused(settings):
         ({"guidance_weighting": "constant", "entropy_quantile": 0.9}, "entropy_quantile set, but .* guidance_weighting='constant'"),
         ({"importance_ratio_max": 2.0}, "importance_ratio_max set, but .* guided_importance_correction='none'"),
         ({"guided_sampler": "stepwise", "draft_length": 4}, "draft_length set, but .* guided_sampler='stepwise'"),
+        ({"guided_sampler": "coin", "max_draft_length": 4}, "max_draft_length set, but .* guided_sampler='coin'"),
         ({"draft_length": 4, "max_draft_length": 8}, "max_draft_length set, but .* draft_length=4"),
         ({"guidance_coef": 0.0}, "num_guided_generations set, but without effect with guidance_coef=0 .* alpha is 0 at every step"),
         ({"guidance_steps": 0}, "num_guided_generations set, but without effect with .* guidance_steps=0, where alpha is 0"),

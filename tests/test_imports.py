@@ -94,10 +94,22 @@ def test_importing_is_light():
         "trl.GRPOConfig, trl.GRPOTrainer\n"
         "before = set(sys.modules)\n"
         "import trl_selective\n"
+        "trl_selective.SelectiveGuidanceGRPOConfig, trl_selective.SelectiveGuidanceGRPOTrainer\n"
         "print(*({'matplotlib', 'vllm', 'math_verify', 'openai'} & (set(sys.modules) - before)))"
     )
     result = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, check=True, cwd=ROOT)
     assert result.stdout.split() == [], "import these inside the functions that need them"
+
+
+def test_importing_the_package_alone_loads_nothing():
+    script = "import sys, trl_selective; print(*({'torch', 'transformers', 'trl'} & set(sys.modules)))"
+    result = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, check=True, cwd=ROOT)
+    assert result.stdout.split() == []
+
+
+def test_a_name_that_is_not_there():
+    with pytest.raises(AttributeError, match="module 'trl_selective' has no attribute 'SelectiveGuidanceTrainer'"):
+        trl_selective.SelectiveGuidanceTrainer  # noqa: B018
 
 
 def packages() -> list[str]:
@@ -109,7 +121,7 @@ def packages() -> list[str]:
 def test_all_names_what_is_exported(name):
     package = importlib.import_module(name)
     exported = {
-        key for key, value in vars(package).items() if not key.startswith("_") and not isinstance(value, ModuleType)
+        key for key in dir(package) if not key.startswith("_") and not isinstance(getattr(package, key), ModuleType)
     }
     assert set(getattr(package, "__all__", [])) == exported
 

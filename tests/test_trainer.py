@@ -361,11 +361,17 @@ def test_the_speculative_sampler_in_the_trainer(tmp_path):
 
 
 def test_a_chosen_draft_length_reaches_training(tmp_path):
-    trainer = trained(tmp_path, guided_sampler="speculative", max_draft_length=5)
+    trainer = trained(tmp_path, guided_sampler="auto", max_draft_length=5)
     assert all(1 <= value <= 5 for value in logged(trainer, "guidance/draft_length"))
 
 
-@pytest.mark.parametrize("sampler", ["stepwise", "speculative"])
+def test_the_coin_sampler_in_the_trainer(tmp_path):
+    trainer = trained(tmp_path, guided_sampler="coin")
+    assert all(0 < value < 1 for value in logged(trainer, "guidance/expert_forwards_per_token"))
+    assert logged(trainer, "guidance/policy_forwards_per_token") == [1.0] * 3
+
+
+@pytest.mark.parametrize("sampler", ["stepwise", "coin", "speculative"])
 def test_mixed_precision_and_gradient_checkpointing(tmp_path, sampler):
     """As TRL trains by default. The record agrees with the loss's own log-probs to what bfloat16 resolves."""
     trainer = trained(tmp_path, bf16=True, gradient_checkpointing=True, guided_sampler=sampler, max_steps=2)
@@ -538,7 +544,7 @@ def test_a_cache_that_cannot_take_tokens_back_is_refused_for_drafts(tmp_path):
     expert = AutoModelForCausalLM.from_config(config)
     init = {"expert_processing_class": AutoTokenizer.from_pretrained(EXPERT)}
     with pytest.raises(
-        ValueError, match=r"The expert .* has sliding-window or recurrent layers.*Use guided_sampler='stepwise'"
+        ValueError, match=r"The expert .* has sliding-window or recurrent layers.*Use guided_sampler='coin'"
     ):
         make_trainer(tmp_path, expert_model=expert, guided_sampler="speculative", init=init)
     assert len(trained(tmp_path, expert_model=expert, init=init, max_steps=1).batches) == 1  # stepwise takes it

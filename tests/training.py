@@ -32,6 +32,7 @@ PLAIN = {
 GUIDED = {
     **PLAIN,
     "num_guided_generations": 2,
+    "guided_sampler": "stepwise",  # for runs that agree to the last bit
     "entropy_threshold_init": 1.0,
     "guidance_schedule": "constant",
     "guidance_steps": 100,

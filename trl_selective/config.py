@@ -18,7 +18,7 @@ from trl_selective.selection import SELECTORS, make_selector, make_trigger
 
 SCHEDULES = ("cosine", "linear", "constant")
 CORRECTIONS = ("none", "token_truncate", "token_mask", "sequence_truncate", "sequence_mask")
-SAMPLERS = ("auto", "speculative", "stepwise")
+SAMPLERS = ("auto", "coin", "speculative", "stepwise")
 MIXTURE_POLICIES = ("current", "initial")
 INJECTION_ADVANTAGES = ("positive_excess", "group")
 INJECTION_CORRECTIONS = ("policy_shaping", "sequence_policy_shaping", "truncated", "sequence_truncated", "none")
@@ -149,8 +149,8 @@ class SelectiveGuidanceGRPOConfig(GRPOConfig):
         > Parameters that control the sampler; they change its cost, not its law
 
         guided_sampler (`str`, *optional*, defaults to `"auto"`):
-            `"stepwise"` (both models at every token), `"speculative"` (the policy drafts, the expert verifies), or `"auto"`: speculative on
-            accelerators, or where `draft_length` is set, if both models have full attention; else stepwise.
+            `"speculative"` (the policy drafts, the expert verifies), `"coin"` (the expert reads where a coin of weight w shows heads),
+            `"stepwise"` (both models at every token), or `"auto"`: speculative if both models have full attention, else coin.
         draft_length (`int`, *optional*):
             Tokens drafted per round of the speculative sampler. When unset, chosen from the acceptance and the forward costs measured so
             far; set it where two runs must agree to the last bit.
@@ -470,7 +470,8 @@ class SelectiveGuidanceGRPOConfig(GRPOConfig):
             "guided_importance_correction='none'": self.guided_importance_correction == "none"
             and not (injected and self.injection_correction in TRUNCATED)
             and {"importance_ratio_max"},
-            "guided_sampler='stepwise'": self.guided_sampler == "stepwise" and {"draft_length", "max_draft_length"},
+            f"guided_sampler={self.guided_sampler!r}": self.guided_sampler in ("coin", "stepwise")
+            and {"draft_length", "max_draft_length"},
             f"draft_length={self.draft_length}": self.draft_length is not None and {"max_draft_length"},
             f"injection_correction={self.injection_correction!r}": "policy_shaping" not in self.injection_correction
             and {"shaping_gamma"},

@@ -22,7 +22,7 @@ class GuidedRollout:
         entropies: entropy of the policy in nats.
         expert_drawn: whether the expert changed the draw: the token is the replacement of a rejected draft, or would have been one under
             the same law. This happens with probability w TV(pi_theta, pi*).
-        policy_forwards: forward passes of the policy, counted per row: a call on a batch of n rows counts n.
+        policy_forwards: forward passes of the policy after the prompts, counted per row: a call on a batch of n rows counts n.
         expert_forwards: the same for the expert.
         num_drafted: tokens that the policy drafted, dropped ones included; 0 for a sampler that does not draft.
 

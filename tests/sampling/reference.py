@@ -7,8 +7,9 @@ import torch
 from torch import Tensor
 
 from trl_selective.rollout import GuidedRollout
-from trl_selective.sampling import SpeculativeSampler, StepwiseSampler
+from trl_selective.sampling import CoinSampler, SpeculativeSampler, StepwiseSampler
 
+WITHOUT_DRAFTS = {"stepwise": StepwiseSampler, "coin": CoinSampler}
 PROMPTS = [[2, 3, 4, 5, 2], [3], [5, 2, 4]]  # of different lengths, one of a single token
 
 
@@ -33,15 +34,15 @@ class Guidance:
         return (entropy / self.threshold).clamp(max=self.max_weight)
 
     def sampler(self, kind: int | str | None, policy, expert, **kwargs):
-        """Of this law: "stepwise", or speculative with this draft length (None: chosen by measurement)."""
+        """Of this law: "stepwise", "coin", or speculative with this draft length (None: chosen by measurement)."""
         kwargs = {
             "weighting": self.weighting,
             "max_weight": self.max_weight,
             "first_token_from_expert": self.first_token_from_expert,
             **kwargs,
         }
-        if kind == "stepwise":
-            return StepwiseSampler(policy, expert, **kwargs)
+        if kind in WITHOUT_DRAFTS:
+            return WITHOUT_DRAFTS[kind](policy, expert, **kwargs)
         return SpeculativeSampler(policy, expert, draft_length=kind, **kwargs)
 
     def sample(self, kind, policy, expert, prompts, length: int, eos=(), **kwargs) -> GuidedRollout:

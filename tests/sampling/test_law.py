@@ -11,7 +11,7 @@ from tests.models import tiny_model
 from tests.sampling.reference import PROMPTS, Guidance, entropy_of, enumerated_law, expected_record, fresh_probs
 
 EOS = {1, 4}
-KINDS = ["stepwise", 1, 3, None]
+KINDS = ["stepwise", "coin", 1, 3, None]
 COPIES = 2500
 
 SETTINGS = {

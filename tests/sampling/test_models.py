@@ -10,7 +10,7 @@ from tests.models import FORGETFUL, MINDFUL, AllLogits, Opaque, tiny_adapter, ti
 from tests.sampling.reference import PROMPTS, Guidance, assert_recorded, expected_record, fresh_probs
 from trl_selective.sampling import SpeculativeSampler, can_forget_tokens
 
-KINDS = ["stepwise", 3, 8]
+KINDS = ["stepwise", "coin", 3, 8]
 LENGTH = 12
 RAMP = Guidance(threshold=1.2)
 
@@ -41,9 +41,10 @@ def test_caches_that_cannot_forget(architecture, role):
     names = {"policy": "llama", "expert": "llama"} | {role: architecture}
     models = [tiny_model(seed, name) for seed, name in enumerate(names.values())]
     assert not can_forget_tokens(models[role == "expert"].config)
-    rollout = RAMP.sample("stepwise", *models, PROMPTS * 3, length=LENGTH, eos={1})
-    assert_recorded(rollout, *models, PROMPTS * 3, RAMP)
-    message = rf"The {role} \(\w+For\w+\) has sliding-window or recurrent layers.*Use guided_sampler='stepwise'"
+    for kind in ("stepwise", "coin"):
+        rollout = RAMP.sample(kind, *models, PROMPTS * 3, length=LENGTH, eos={1})
+        assert_recorded(rollout, *models, PROMPTS * 3, RAMP)
+    message = rf"The {role} \(\w+For\w+\) has sliding-window or recurrent layers.*Use guided_sampler='coin'"
     with pytest.raises(ValueError, match=message):
         SpeculativeSampler(*models)
 
@@ -107,6 +108,7 @@ def test_the_padding_of_a_long_prompt_leaves_with_it():
     hook.remove()
     long, *others = map(len, rollout.completion_ids)
     assert long < min(others)
+    assert widths.pop(0) == 29  # the prompts but for their last tokens
     assert max(widths[:long]) >= 30
     assert max(widths[long:]) <= 1 + 2 + max(others)
     assert_recorded(rollout, policy, expert, prompts, RAMP)

@@ -6,9 +6,9 @@ import torch
 from tests.models import tiny_model
 from tests.sampling.reference import PROMPTS, fresh_probs
 from tests.sampling.reference import Guidance as Setting
-from trl_selective.sampling import SpeculativeSampler, StepwiseSampler, make_sampler
+from trl_selective.sampling import CoinSampler, SpeculativeSampler, StepwiseSampler, make_sampler
 
-SAMPLERS = [StepwiseSampler, SpeculativeSampler]
+SAMPLERS = [StepwiseSampler, CoinSampler, SpeculativeSampler]
 
 
 @pytest.fixture(scope="module")
@@ -27,16 +27,15 @@ def make(name, policy, expert, draft_length=None, **kwargs):
 
 def test_auto(models):
     sliding = tiny_model(1, "sliding")
-    assert type(make("auto", *models)) is StepwiseSampler
-    assert type(make("auto", *models, draft_length=3)) is SpeculativeSampler
-    on_accelerator = tiny_model(1).to("meta")
-    assert type(make("auto", models[0], on_accelerator)) is SpeculativeSampler
-    assert type(make("auto", sliding, models[1], draft_length=3)) is StepwiseSampler
-    assert type(make("auto", models[0], sliding, draft_length=3)) is StepwiseSampler
+    assert type(make("auto", *models)) is SpeculativeSampler
+    assert make("auto", *models, draft_length=3).draft_length == 3
+    assert type(make("auto", sliding, models[1], draft_length=3)) is CoinSampler
+    assert type(make("auto", models[0], sliding, draft_length=3)) is CoinSampler
 
 
 def test_by_name(models):
     assert type(make("stepwise", *models, draft_length=3)) is StepwiseSampler
+    assert type(make("coin", *models, draft_length=3)) is CoinSampler
     fixed, chosen = make("speculative", *models, draft_length=3), make("speculative", *models)
     assert type(fixed) is type(chosen) is SpeculativeSampler
     assert (fixed.draft_length, chosen.draft_length, chosen.lookahead.max_length) == (3, None, 9)
@@ -44,7 +43,7 @@ def test_by_name(models):
         make("speculative", models[0], tiny_model(1, "sliding"))
 
 
-@pytest.mark.parametrize("name", ["stepwise", "speculative"])
+@pytest.mark.parametrize("name", ["stepwise", "coin", "speculative"])
 def test_settings_reach_the_sampler(models, name):
     sampler = make(
         name,
@@ -147,7 +146,7 @@ def test_temperature_divides_the_logits_of_both(models):
         torch.testing.assert_close(fresh_probs(model, PROMPTS[:1], cold), squared / squared.sum(-1, keepdim=True))
 
 
-@pytest.mark.parametrize("sampler_class", [StepwiseSampler, SpeculativeSampler])
+@pytest.mark.parametrize("sampler_class", SAMPLERS)
 def test_the_law_of_a_large_vocabulary_is_normalised(models, sampler_class):
     """Over 150,000 ids of which one is likely, a softmax in float32 alone may be off by 2e-4."""
     logits = torch.zeros(1, 1, 150_000)

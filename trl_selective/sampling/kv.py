@@ -15,6 +15,7 @@ from torch import Tensor, nn
 from transformers import DynamicCache, PretrainedConfig
 from transformers.cache_utils import DynamicLayer
 
+ROOM = 256  # columns that a cache grows by
 REPACK_ABOVE = 1.25  # columns per token of the longest row, beyond which a repack pays
 COUNT_COLUMNS = (
     "gpt_neo",
@@ -39,6 +40,44 @@ def optional_arguments(model: nn.Module) -> set[str]:
     return OPTIONAL_ARGUMENTS if is_opaque else OPTIONAL_ARGUMENTS & parameters.keys()
 
 
+class RoomyLayer(DynamicLayer):
+    """Keys and values of one layer with room for more: new tokens are written behind the text, which `DynamicLayer` copies each time."""
+
+    def lazy_initialization(self, key_states: Tensor, value_states: Tensor) -> None:
+        super().lazy_initialization(key_states, value_states)
+        self.keys, self.values = key_states[:, :, :0], value_states[:, :, :0]
+        self._buffers: list[Tensor] = []  # of which keys and values are the first columns
+
+    def update(self, key_states: Tensor, value_states: Tensor, *args, **kwargs) -> tuple[Tensor, Tensor]:
+        if not self.is_initialized:
+            self.lazy_initialization(key_states, value_states)
+        start = self.keys.shape[2]
+        end = start + key_states.shape[2]
+        if not self._buffers or end > self._buffers[0].shape[2]:
+            past = (self.keys, self.values)
+            self._buffers = [t.new_empty(*t.shape[:2], end + ROOM, t.shape[3]) for t in (key_states, value_states)]
+            for buffer, old in zip(self._buffers, past, strict=True):
+                buffer[:, :, :start] = old
+        for buffer, new in zip(self._buffers, (key_states, value_states), strict=True):
+            buffer[:, :, start:end] = new
+        self.keys, self.values = (buffer[:, :, :end] for buffer in self._buffers)
+        return self.keys, self.values
+
+    def reorder_cache(self, beam_idx: Int[Tensor, "kept"]) -> None:
+        """Keep these rows, in this order."""
+        super().reorder_cache(beam_idx)
+        self._buffers = []
+
+    def keep_columns(self, columns: Int[Tensor, "rows kept"]) -> None:
+        """Keep, for each row, these columns, in this order."""
+        index = columns[:, None, :, None]
+        self.keys, self.values = (
+            states.gather(2, index.expand(-1, states.shape[1], -1, states.shape[3]))
+            for states in (self.keys, self.values)
+        )
+        self._buffers = []
+
+
 class CachedModel:
     """A causal language model with the cache of the rows it is reading.
 
@@ -48,7 +87,11 @@ class CachedModel:
 
     def __init__(self, model: nn.Module, name: str):
         self.model, self.name = model, name
-        self.cache: Any = None  # a transformers cache, once something was read
+        self.cache: Any = None  # a transformers cache; where the model has a kind of its own, once something was read
+        self._is_roomy = can_forget_tokens(model.config)
+        if self._is_roomy:
+            self.cache = DynamicCache(config=model.config)
+            self.cache.layers = [RoomyLayer() for _ in self.cache.layers]
         self.row_forwards = 0
         self.accepted = optional_arguments(model)
 
@@ -69,7 +112,7 @@ class CachedModel:
             **{key: value for key, value in optional.items() if key in self.accepted},
         )
         self.cache = getattr(output, "past_key_values", None)
-        if self.cache is None:
+        if self.cache is None or (self._is_roomy and not self.cache.get_seq_length()):
             raise ValueError(
                 f"The {self.name} ({type(self.model).__name__}) returned no `past_key_values`, but guided sampling needs a cache. Turn gradient "
                 "checkpointing off while sampling (`model.gradient_checkpointing_disable()`; the trainer does it by itself), and use a "
@@ -85,9 +128,7 @@ class CachedModel:
     def keep_columns(self, columns: Int[Tensor, "rows kept"]) -> None:
         """Keep, for each row, these columns of the cache, in this order."""
         for layer in self.cache.layers:
-            index = columns[:, None, :, None]
-            layer.keys = layer.keys.gather(2, index.expand(-1, layer.keys.shape[1], -1, layer.keys.shape[3]))
-            layer.values = layer.values.gather(2, index.expand(-1, layer.values.shape[1], -1, layer.values.shape[3]))
+            layer.keep_columns(columns)
 
 
 class RaggedContext:
@@ -103,10 +144,12 @@ class RaggedContext:
         self.mask = max_lengths.new_zeros(len(max_lengths), 0)
 
     def extended(
-        self, block_mask: Int[Tensor, "rows new"]
-    ) -> tuple[Int[Tensor, "rows columns"], Int[Tensor, "rows new"]]:
-        """The mask with the columns of a block appended, and the position ids of the block."""
-        position_ids = (self.lengths[:, None] + block_mask.cumsum(-1) - 1).clamp(min=0)
+        self, block_mask: Int[Tensor, "rows new"], behind: int = 0
+    ) -> tuple[Int[Tensor, "rows columns"], Int[Tensor, "rows tokens"]]:
+        """The mask with the columns of a block appended, and the position ids of the last `behind` tokens of the context and the block."""
+        last = torch.ones_like(self.lengths)[:, None].expand(-1, behind)
+        steps = torch.cat([last, block_mask], dim=1).cumsum(-1)
+        position_ids = (self.lengths[:, None] - behind + steps - 1).clamp(min=0)
         position_ids = torch.minimum(position_ids, self.max_lengths[:, None] - 1)
         return torch.cat([self.mask, block_mask], dim=1), position_ids
 
@@ -137,6 +180,6 @@ def left_pad(
 ) -> tuple[Int[Tensor, "rows columns"], Int[Tensor, "rows columns"]]:
     """Prompts as one tensor, padded on the left, and the mask of their tokens."""
     width = max(map(len, prompt_ids))
-    ids = torch.tensor([[pad_token_id] * (width - len(p)) + list(p) for p in prompt_ids], device=device)
-    mask = torch.tensor([[0] * (width - len(p)) + [1] * len(p) for p in prompt_ids], device=device)
-    return ids, mask
+    ids = [[pad_token_id] * (width - len(p)) + list(p) for p in prompt_ids]
+    mask = [[0] * (width - len(p)) + [1] * len(p) for p in prompt_ids]
+    return torch.tensor(ids, dtype=torch.long, device=device), torch.tensor(mask, dtype=torch.long, device=device)

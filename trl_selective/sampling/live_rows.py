@@ -16,8 +16,9 @@ class LiveRows:
 
     Attributes:
         policy, expert: the models with their caches of the live rows.
-        context: what both have read, in columns shared by both caches.
-        pending, pending_mask: (live, columns) tokens that neither has read, padded on the left.
+        context: what the policy has read, in columns shared by both caches.
+        backlog: (live, columns) the last tokens of the context, which the expert has not read.
+        pending: (live, 1) the token behind the context, which neither has read.
         position: (live,) tokens drawn so far.
         num_drafted: counter for the samplers that draft.
     """
@@ -34,11 +35,12 @@ class LiveRows:
         device = next(policy.parameters()).device
         num_rows = len(prompt_ids)
         self.policy, self.expert = CachedModel(policy, "policy"), CachedModel(expert, "expert")
-        self.pending, self.pending_mask = left_pad(prompt_ids, pad_token_id, device)
-        self.context = RaggedContext(self.pending_mask.sum(1) + max_completion_length)
+        self.pending = torch.tensor([[ids[-1]] for ids in prompt_ids], device=device)
+        self.backlog = self.pending[:, :0]
         self.position = torch.zeros(num_rows, dtype=torch.long, device=device)
         self.num_drafted = 0
 
+        self._expert_has_read = False  # the pending tokens
         self._max_length = max_completion_length
         self._eos_token_ids = torch.tensor(sorted(eos_token_ids), dtype=torch.long, device=device)
         self._noise = position_noise(num_rows, max_completion_length, device)
@@ -54,6 +56,25 @@ class LiveRows:
             "entropies": torch.zeros(shape, device=device),
             "expert_drawn": torch.zeros(shape, dtype=torch.bool, device=device),
         }
+        self.context = self._read_prompts(prompt_ids, pad_token_id)
+
+    def _read_prompts(self, prompt_ids: Sequence[Sequence[int]], pad_token_id: int) -> RaggedContext:
+        """Both models read the prompts up to their last tokens, and each text but once: a group of rows has one prompt."""
+        device = self.pending.device
+        texts = [tuple(ids[:-1]) for ids in prompt_ids]
+        index = {text: number for number, text in enumerate(dict.fromkeys(texts))}
+        ids, mask = left_pad(list(index), pad_token_id, device)
+        context = RaggedContext(mask.sum(1) + 1 + self._max_length)
+        if ids.shape[1]:
+            extended = context.extended(mask)
+            for model in (self.policy, self.expert):
+                model.read(ids, *extended, num_logits=1)
+                model.row_forwards = 0
+            context.append(mask)
+        rows = torch.tensor([index[text] for text in texts], device=device)
+        for part in (context, self.policy, self.expert):
+            part.keep_rows(rows)
+        return context
 
     def __len__(self) -> int:
         return len(self._row)
@@ -72,18 +93,31 @@ class LiveRows:
         """The uniforms of these positions, `kind` one of DRAFT, ACCEPT, REPLACE."""
         return self._noise[self._row[:, None], positions, kind]
 
-    def read(
-        self, model: CachedModel, block: Int[Tensor, "live new"], block_mask: Int[Tensor, "live new"], num_logits: int
-    ):
-        """Logits of the last `num_logits` positions of a block that follows the context."""
-        mask, position_ids = self.context.extended(block_mask)
-        return model.read(block, mask, position_ids, num_logits)
+    def ends(
+        self, completion_ids: Int[Tensor, "live num"], positions: Int[Tensor, "live num"]
+    ) -> Bool[Tensor, "live num"]:
+        """Whether a row ends with the token at this position."""
+        return torch.isin(completion_ids, self._eos_token_ids) | (positions == self._max_length - 1)
+
+    def read_by_policy(self) -> Float[Tensor, "live 1 vocab"]:
+        """The policy reads the pending tokens: its logits behind them."""
+        return self.policy.read(self.pending, *self.context.extended(torch.ones_like(self.pending)), num_logits=1)
+
+    def read_by_expert(
+        self, drafts: Int[Tensor, "live drafts"], num_logits: int
+    ) -> Float[Tensor, "live num_logits vocab"]:
+        """The expert reads its backlog, the pending tokens and drafts: its logits behind the last `num_logits` of these."""
+        block = torch.cat([self.backlog, self.pending, drafts], dim=1)
+        behind = self.backlog.shape[1]
+        extended = self.context.extended(torch.ones_like(block[:, behind:]), behind)
+        self.backlog, self._expert_has_read = self.backlog[:, :0], True
+        return self.expert.read(block, *extended, num_logits)
 
     def commit(self, count: Int[Tensor, "live"], completion_ids: Int[Tensor, "live num"], **record: Tensor) -> None:
         """Make the first `count` of the tokens drawn part of each row, up to its end token or its last position.
 
-        Both models must have read the pending tokens and `completion_ids[:, :-1]`; what is not committed becomes a hole in their caches.
-        Rows that end leave the batch.
+        The policy must have read the pending tokens and `completion_ids[:, :-1]`; what is not committed becomes a hole in its cache. So must
+        the expert, unless `completion_ids` is a single column: then the pending tokens may go to its backlog. Rows that end leave the batch.
 
         Args:
             count: at least 1 each.
@@ -102,11 +136,12 @@ class LiveRows:
         for name, values in {"completion_ids": completion_ids, **record}.items():
             self._record[name][self._row[:, None], columns] = values
 
+        if not self._expert_has_read:
+            self.backlog = torch.cat([self.backlog, self.pending], dim=1)
+        self._expert_has_read = False
         last = (count - 1)[:, None]
-        read_mask = torch.cat([self.pending_mask, (offsets[:-1] < last).long()], dim=1)
-        self.context.append(read_mask)
+        self.context.append(torch.cat([torch.ones_like(last), (offsets[:-1] < last).long()], dim=1))
         self.pending = completion_ids.gather(1, last)
-        self.pending_mask = torch.ones_like(self.pending)
         self.position = self.position + count
         self._lengths[self._row] = self.position
         self._retire(is_end.any(1) | (self.position == self._max_length))
@@ -117,15 +152,23 @@ class LiveRows:
             return
         self._row, self.position = self._row[kept], self.position[kept]
         if len(self):
-            self.pending, self.pending_mask = self.pending[kept], self.pending_mask[kept]
-            for rows in (self.context, self.policy, self.expert):
-                rows.keep_rows(kept)
+            self.backlog, self.pending = self.backlog[kept], self.pending[kept]
+            for part in (self.context, self.policy, self.expert):
+                part.keep_rows(kept)
 
     def repack(self) -> None:
         """Remove holes from both caches where that pays. Only for caches of full attention (`can_forget_tokens`)."""
         if len(self) and (columns := self.context.repacking()) is not None:
             self.policy.keep_columns(columns)
             self.expert.keep_columns(columns)
+
+    def recorded(self, name: str, positions: Int[Tensor, "live num"]) -> Tensor:
+        """A field of the record at these positions."""
+        return self._record[name][self._row[:, None], positions]
+
+    def amend(self, name: str, positions: Int[Tensor, "live num"], values: Tensor) -> None:
+        """Write a field of the record anew, at positions that were committed."""
+        self._record[name][self._row[:, None], positions] = values
 
     def to_rollout(self) -> GuidedRollout:
         """The record of all rows, on the host."""

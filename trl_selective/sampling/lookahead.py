@@ -1,18 +1,25 @@
-"""How far should the policy draft before the expert is asked? As far as the tokens per second of past rounds suggest."""
+"""How far should the policy draft before the expert is asked? As far as another draft is worth its time."""
 
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 
-FIRST_LENGTHS = (4, 2, 8)  # tried in turn, so that a line can be laid through the expert's costs
+FIRST_LENGTHS = (4, 2, 8)  # of the first rounds, so that a line can be laid through the expert's costs
 MEMORY = 0.95  # how much of the past each round keeps
+LINE_MEMORY = 0.99  # the same for the line, which needs rounds of different lengths
+MIN_SPREAD = 1e-3  # relative variance of the lengths below which they say nothing about the slope
 
 
 @dataclass
 class Lookahead:
-    """Chooses the draft length K that yields the most tokens per second, from acceptance and forward costs measured so far.
+    """Decides after each draft of a round whether the next one pays, from acceptance and forward costs measured so far.
 
-    A round of K drafts costs K policy forwards and one expert forward of K tokens. With a share `a` of drafts accepted it yields
-    1 + a + ... + a^(K-1) tokens: each position that is reached gives one, accepted or replaced. The expert's cost in units of a policy
-    forward is a straight line in K, fitted to the rounds seen.
+    What a draft is worth: whether a draft can be rejected at all is known before the expert is asked. Its acceptance number u is drawn with
+    it, and a draft with u < 1 - w stands whatever the expert says (Eq. 7). Only the others are *at stake*; they fall with a probability that
+    is measured, the `risk`. So the chance of a row to get to its next position is (1 - risk)^(drafts at stake so far), and the next draft
+    yields, per row, the mean of these chances in tokens.
+
+    What it costs, in policy forwards: 1 for itself and the slope of the expert's cost, a straight line in the length of the block that is
+    fitted to the rounds seen. By the rule of renewal processes the round ends where a draft yields less for its cost than rounds do on
+    average: that maximises tokens per second.
 
     The draft length changes the cost of a rollout, not the rollout (`sampling/draw.py`), but for rounding in the last digit. Who needs runs
     that agree to the last bit sets a fixed length.
@@ -23,42 +30,58 @@ class Lookahead:
 
     max_length: int = 16
     rounds: int = 0
-    tested: float = 0.0
-    accepted: float = 0.0
-    _sums: list[float] = field(default_factory=lambda: [0.0] * 5)  # of 1, K, K^2, cost, K cost
+    slope: float = 0.0
+    _tokens: float = 0.0  # of a row
+    _cost: float = 0.0  # in policy forwards
+    _at_stake: float = 2.0  # as if one of two had fallen
+    _rejected: float = 1.0
+    _line: tuple[float, float, float, float, float] = (0.0, 0.0, 0.0, 0.0, 0.0)  # sums of 1, K, K^2, cost, K cost
 
-    def length(self) -> int:
-        """The next draft length, in [1, max_length]."""
+    @property
+    def risk(self) -> float:
+        """The probability that a draft at stake is rejected."""
+        return self._rejected / self._at_stake
+
+    def goes_on(self, num_drafts: int, reach: float) -> bool:
+        """Whether a round should draft once more.
+
+        Args:
+            num_drafts: of the round so far.
+            reach: the chance to get to the next position, mean over rows.
+        """
+        if num_drafts >= self.max_length:
+            return False
         if self.rounds < len(FIRST_LENGTHS):
-            return min(FIRST_LENGTHS[self.rounds], self.max_length)
-        intercept, slope = self._expert_cost()
-        acceptance = self.accepted / self.tested
+            return num_drafts < FIRST_LENGTHS[self.rounds]
+        return reach * self._cost > self._tokens * (1 + self.slope)
 
-        def tokens_per_cost(k: int) -> float:
-            return sum(acceptance**i for i in range(k)) / (k + intercept + slope * k)
-
-        return max(range(1, self.max_length + 1), key=tokens_per_cost)
-
-    def observe(self, length: int, tested: int, accepted: int, policy_seconds: float, expert_seconds: float) -> None:
+    def observe(
+        self,
+        length: int,
+        tokens: float,
+        *,
+        num_at_stake: int,
+        num_rejected: int,
+        policy_seconds: float,
+        expert_seconds: float,
+    ) -> None:
         """Take in one round.
 
         Args:
             length: drafts per row.
-            tested: drafts that were reached, summed over rows.
-            accepted: how many of those became tokens.
+            tokens: committed per row, accepted or replaced.
+            num_at_stake: drafts that the expert could reject, of those that it came to.
+            num_rejected: of these.
             policy_seconds: time of `length` policy forwards.
-            expert_seconds: time of the expert forward.
+            expert_seconds: time of the expert forward, and of judging the drafts.
         """
-        self.rounds += 1
-        self.tested = MEMORY * self.tested + tested
-        self.accepted = MEMORY * self.accepted + accepted
         cost = expert_seconds * length / policy_seconds
-        news = (1.0, length, length**2, cost, length * cost)
-        self._sums = [MEMORY * past + new for past, new in zip(self._sums, news, strict=True)]
-
-    def _expert_cost(self) -> tuple[float, float]:
-        """Intercept and slope of the least-squares line through the expert's costs; both at least 0."""
-        n, k, kk, c, kc = self._sums
-        spread = n * kk - k * k
-        slope = max(0.0, (n * kc - k * c) / spread) if spread > 1e-6 * kk else 0.0
-        return max(0.0, (c - slope * k) / n), slope
+        self.rounds += 1
+        self._tokens = MEMORY * self._tokens + tokens
+        self._cost = MEMORY * self._cost + length + cost
+        self._at_stake = MEMORY * self._at_stake + num_at_stake
+        self._rejected = MEMORY * self._rejected + num_rejected
+        n, k, kk, c, kc = (LINE_MEMORY * past for past in self._line)
+        self._line = n, k, kk, c, kc = n + 1, k + length, kk + length**2, c + cost, kc + length * cost
+        if n * kk - k * k > MIN_SPREAD * n * kk:
+            self.slope = max(0.0, (n * kc - k * c) / (n * kk - k * k))

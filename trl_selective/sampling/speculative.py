@@ -3,7 +3,6 @@
 import time
 
 import torch
-from jaxtyping import Float, Int
 from torch import Tensor
 
 from trl_selective.functional.mixed_policy import acceptance_probability, entropy, residual
@@ -38,7 +37,7 @@ class SpeculativeSampler(GuidedSampler):
             if not can_forget_tokens(model.config):
                 raise ValueError(
                     f"The {name} ({type(model).__name__}) has sliding-window or recurrent layers, or counts distances in columns of its "
-                    "cache, which cannot take rejected tokens back. Use guided_sampler='stepwise', which never takes any back."
+                    "cache, which cannot take rejected tokens back. Use guided_sampler='coin', which never takes any back."
                 )
         if (draft_length is not None and draft_length < 1) or max_draft_length < 1:
             raise ValueError(
@@ -48,38 +47,37 @@ class SpeculativeSampler(GuidedSampler):
         self.lookahead = Lookahead(max_draft_length)
 
     def _advance(self, live: LiveRows, entropy_threshold: float, temperature: float) -> None:
-        num = min(self.draft_length or self.lookahead.length(), live.tokens_left)
-        positions = live.positions(num)
-        is_first_round = live.context.mask.shape[1] == 0
-
         started = self._clock()
-        drafts, policy = self._draft(live, positions, temperature)
+        drafts, policy_logits, entropies, weight, at_stake = self._draft(live, entropy_threshold, temperature)
+        num = drafts.shape[1]
         drafted = self._clock()
-        block = torch.cat([live.pending, drafts[:, :-1]], dim=1)
-        block_mask = torch.cat([live.pending_mask, torch.ones_like(drafts[:, :-1])], dim=1)
-        expert = self._probs(live.read(live.expert, block, block_mask, num_logits=num), temperature)
+        expert_logits = live.read_by_expert(drafts[:, :-1], num_logits=num)
+
+        judged = []
+        stands = torch.ones_like(live.pending, dtype=torch.bool)  # whether all drafts before do
+        for at in range(num):
+            here = slice(at, at + 1)
+            policy, expert = (self._probs(logits[:, here], temperature) for logits in (policy_logits, expert_logits))
+            verdict = self._judge(live, at, stands, policy, expert, weight[:, here], drafts[:, here])
+            judged.append((stands, *verdict))
+            stands = stands & ~verdict[0]
+        is_tested, is_replaced, tokens, policy_prob, expert_prob = (
+            torch.cat(part, dim=1) for part in zip(*judged, strict=True)
+        )
         verified = self._clock()
 
-        entropies = entropy(policy)
-        weight = self._weight(entropies, entropy_threshold, positions)
-        accepted = live.noise(positions, ACCEPT) < acceptance_probability(policy, expert, weight, drafts)
-        num_accepted = accepted.long().cumprod(1).sum(1, keepdim=True)
-        at = num_accepted.clamp(max=num - 1)  # the first rejected draft; where all were accepted, nothing is replaced
-        at_row = at.unsqueeze(-1).expand(-1, -1, self.vocab_size)
-        replacement = inverse_cdf(
-            residual(policy.gather(1, at_row), expert.gather(1, at_row)), live.noise(positions.gather(1, at), REPLACE)
-        )
-        is_replaced = torch.arange(num, device=at.device) == num_accepted
-        tokens = torch.where(is_replaced, replacement, drafts)
-
-        policy_prob, expert_prob = (p.gather(-1, tokens.unsqueeze(-1)).squeeze(-1) for p in (policy, expert))
         live.num_drafted += drafts.numel()
-        # The first round reads the prompts: no measure of a forward.
-        if self.draft_length is None and not is_first_round:
-            tested = int((num_accepted + 1).clamp(max=num).sum())
-            self.lookahead.observe(num, tested, int(num_accepted.sum()), drafted - started, verified - drafted)
+        if self.draft_length is None:
+            self.lookahead.observe(
+                num,
+                is_tested.sum().item() / len(live),
+                num_at_stake=int((at_stake & is_tested).sum()),
+                num_rejected=int(is_replaced.sum()),
+                policy_seconds=drafted - started,
+                expert_seconds=verified - drafted,
+            )
         live.commit(
-            (num_accepted.squeeze(1) + 1).clamp(max=num),
+            is_tested.sum(1),
             tokens,
             sampling_per_token_logps=((1 - weight) * policy_prob + weight * expert_prob).log(),
             policy_per_token_logps=policy_prob.clamp(min=torch.finfo(policy_prob.dtype).tiny).log(),
@@ -89,21 +87,49 @@ class SpeculativeSampler(GuidedSampler):
         )
         live.repack()
 
-    def _draft(
-        self, live: LiveRows, positions: Int[Tensor, "live num"], temperature: float
-    ) -> tuple[Int[Tensor, "live num"], Float[Tensor, "live num vocab"]]:
-        """A token from the policy for each position, and the distributions they were drawn from."""
-        block, mask, position_ids = live.pending, *live.context.extended(live.pending_mask)
-        noise = live.noise(positions, DRAFT)
-        drafts, laws = [], []
-        for i in range(positions.shape[1]):
-            law = self._probs(live.policy.read(block, mask, position_ids, num_logits=1), temperature)
-            block = inverse_cdf(law, noise[:, i : i + 1])
-            mask = torch.cat([mask, torch.ones_like(block)], dim=1)
+    def _judge(
+        self, live: LiveRows, at: int, stands: Tensor, policy: Tensor, expert: Tensor, weight: Tensor, draft: Tensor
+    ):
+        """Accept or replace the drafts at one place, in the rows in which all drafts before stand. One place at a time: over large vocabularies
+        the laws of all places would take gigabytes.
+
+        Returns:
+            Whether the draft was replaced; the token that stands in its place, and its probability under either model. All (live, 1).
+        """
+        positions = live.positions(at + 1)[:, -1:]
+        is_rejected = live.noise(positions, ACCEPT) >= acceptance_probability(policy, expert, weight, draft)
+        is_replaced = is_rejected & stands
+        token = draft.clone()
+        rows = is_replaced.squeeze(1).nonzero().squeeze(1)
+        token[rows] = inverse_cdf(residual(policy[rows], expert[rows]), live.noise(positions, REPLACE)[rows])
+        return is_replaced, token, *(law.gather(-1, token.unsqueeze(-1)).squeeze(-1) for law in (policy, expert))
+
+    def _draft(self, live: LiveRows, entropy_threshold: float, temperature: float) -> tuple[Tensor, ...]:
+        """Drafts for the next positions of each row: the tokens, the logits of the laws they were drawn from, the entropies and weights, and
+        which of them are at stake. All (live, drafts), the logits with the vocabulary behind."""
+        reach = torch.ones_like(live.pending, dtype=torch.float)  # the chance of each row to get to the next position
+        token, (mask, position_ids) = live.pending, live.context.extended(torch.ones_like(live.pending))
+        limit = min(self.draft_length or self.lookahead.max_length, live.tokens_left)
+        found: list[tuple[Tensor, ...]] = []
+        while True:
+            positions = live.positions(len(found) + 1)[:, -1:]
+            logits = live.policy.read(token, mask, position_ids, num_logits=1)
+            law = self._probs(logits, temperature)
+            token = inverse_cdf(law, live.noise(positions, DRAFT))
+            entropies = entropy(law)
+            weight = self._weight(entropies, entropy_threshold, positions)
+            at_stake = live.noise(positions, ACCEPT) >= 1 - weight
+            found.append((token, logits, entropies, weight, at_stake))
+            if len(found) == limit:
+                break
+            if self.draft_length is None:
+                reach = torch.where(at_stake, (1 - self.lookahead.risk) * reach, reach)
+                reach = reach.masked_fill(live.ends(token, positions), 0)
+                if not self.lookahead.goes_on(len(found), reach.mean().item()):
+                    break
+            mask = torch.cat([mask, torch.ones_like(token)], dim=1)
             position_ids = live.context.next_position(position_ids)
-            drafts.append(block)
-            laws.append(law)
-        return torch.cat(drafts, dim=1), torch.cat(laws, dim=1)
+        return tuple(torch.cat(parts, dim=1) for parts in zip(*found, strict=True))
 
     def _clock(self) -> float:
         """Seconds, once all work given to the device is done; only a chosen draft length needs to know."""

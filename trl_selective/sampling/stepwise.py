@@ -22,10 +22,9 @@ class StepwiseSampler(GuidedSampler):
 
     def _advance(self, live: LiveRows, entropy_threshold: float, temperature: float) -> None:
         positions = live.positions(1)
-        policy, expert = (
-            self._probs(live.read(model, live.pending, live.pending_mask, num_logits=1), temperature)
-            for model in (live.policy, live.expert)
-        )
+        no_drafts = live.pending[:, :0]
+        policy = self._probs(live.read_by_policy(), temperature)
+        expert = self._probs(live.read_by_expert(no_drafts, num_logits=1), temperature)
         entropies = entropy(policy)
         weight = self._weight(entropies, entropy_threshold, positions)
         mixed = mixed_policy(policy, expert, weight)
