@@ -1,10 +1,21 @@
 """The record of guided rollouts: which tokens, drawn by whom, with what probability. Checked once, where it is made."""
 
 import math
-from dataclasses import dataclass
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from typing import Any
 
 import torch
 from torch import Tensor
+
+PER_TOKEN = (
+    "completion_ids",
+    "sampling_per_token_logps",
+    "policy_per_token_logps",
+    "guidance_weights",
+    "entropies",
+    "expert_drawn",
+)
 
 
 @dataclass
@@ -40,14 +51,13 @@ class GuidedRollout:
     expert_forwards: int
     num_drafted: int = 0
 
+    def take(self, rows: Sequence[int]) -> "GuidedRollout":
+        """The record of these rows, in this order, with the counts of all."""
+        taken: dict[str, Any] = {name: [getattr(self, name)[row] for row in rows] for name in PER_TOKEN}
+        return replace(self, **taken)
+
     def __post_init__(self):
-        for name in (
-            "sampling_per_token_logps",
-            "policy_per_token_logps",
-            "guidance_weights",
-            "entropies",
-            "expert_drawn",
-        ):
+        for name in PER_TOKEN:
             lengths, expected = [len(row) for row in getattr(self, name)], [len(row) for row in self.completion_ids]
             if lengths != expected:
                 raise ValueError(

@@ -109,6 +109,7 @@ def test_the_two_configs_differ_in_guidance_alone():
         "guidance_schedule": "cosine",
         "guidance_steps": 0.75,
         "entropy_quantile": 0.95,
+        "guided_sampler": "stepwise",
     }
 
 

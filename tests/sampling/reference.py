@@ -45,13 +45,14 @@ class Guidance:
             return WITHOUT_DRAFTS[kind](policy, expert, **kwargs)
         return SpeculativeSampler(policy, expert, draft_length=kind, **kwargs)
 
-    def sample(self, kind, policy, expert, prompts, length: int, eos=(), **kwargs) -> GuidedRollout:
+    def sample(self, kind, policy, expert, prompts, length: int, eos=(), is_guided=None, **kwargs) -> GuidedRollout:
         return self.sampler(kind, policy, expert, **kwargs).sample(
             prompts,
             entropy_threshold=self.threshold,
             max_completion_length=length,
             eos_token_ids=eos,
             temperature=self.temperature,
+            is_guided=is_guided,
         )
 
 

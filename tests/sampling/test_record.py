@@ -5,7 +5,7 @@ import torch
 
 from tests.models import tiny_model
 from tests.sampling.reference import PROMPTS, Guidance, assert_recorded
-from trl_selective.sampling import live_rows
+from trl_selective.sampling import kv, live_rows
 from trl_selective.sampling.kv import CachedModel
 
 KINDS = ["stepwise", "coin", 1, 3, 8, None]
@@ -197,6 +197,13 @@ def test_holes_are_removed_and_nothing_else(models, monkeypatch):
     assert repacks.count("policy") == repacks.count("expert") > 2
     assert max(widths) <= 1.25 * (5 + 30) + 8
     assert_recorded(rollout, *models, prompts, guidance)
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_caches_outgrow_their_room(models, kind, monkeypatch):
+    monkeypatch.setattr(kv, "ROOM", 3)
+    rollout = RAMP.sample(kind, *models, PROMPTS * 3, length=30)
+    assert_recorded(rollout, *models, PROMPTS * 3, RAMP)
 
 
 # Ends.

@@ -118,6 +118,7 @@ def test_draft_lengths_that_are_refused(models, settings, message):
         ({"entropy_threshold": -0.5}, "entropy_threshold >= 0 .* got 1.0, -0.5 and 3"),
         ({"entropy_threshold": float("nan")}, "entropy_threshold >= 0 .* got 1.0, nan and 3"),
         ({"max_completion_length": 0}, "max_completion_length >= 1, got 1.0, 1.0 and 0"),
+        ({"is_guided": [True]}, "is_guided must have one entry per prompt, got 1 for 3 prompts"),
     ],
 )
 def test_calls_that_are_refused(models, sampler_class, call, message):

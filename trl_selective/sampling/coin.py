@@ -33,7 +33,7 @@ class CoinSampler(GuidedSampler):
         positions = live.positions(1)
         policy = self._probs(live.read_by_policy(), temperature)
         entropies = entropy(policy)
-        weight = self._weight(entropies, entropy_threshold, positions)
+        weight = self._weight(live, entropies, entropy_threshold, positions)
         token = inverse_cdf(policy, live.noise(positions, DRAFT))
         is_heads = live.noise(positions, ACCEPT) < weight
 
@@ -43,20 +43,16 @@ class CoinSampler(GuidedSampler):
         is_due = live.ends(token, positions).squeeze(1) & is_owed.any(1)
         reads = bool((is_heads.squeeze(1) | is_due).any())
         if reads:
-            num_logits = is_owed.shape[1] - int(
-                is_owed.any(0).int().argmax()
-            )  # from the first position on that is owed anything
-            *earlier, here = live.read_by_expert(live.pending[:, :0], num_logits).split(1, dim=1)
+            first = int(is_owed.any(0).int().argmax())  # before, w is 0 in all rows, and no logits are needed
+            *earlier, here = live.read_by_expert(live.pending[:, :0], is_owed.shape[1] - first).split(1, dim=1)
             self._pay(live, earlier, temperature)
-            expert = self._probs(here, temperature)
+            expert = self._expert_probs(here, policy, temperature)
             token = torch.where(is_heads, inverse_cdf(expert, live.noise(positions, REPLACE)), token)
 
         policy_prob = policy.gather(-1, token.unsqueeze(-1)).squeeze(-1)
         policy_logp = policy_prob.clamp(min=torch.finfo(policy_prob.dtype).tiny).log()
-        logp, expert_drawn = (
-            policy_logp,
-            torch.zeros_like(is_heads),
-        )  # the first until it is paid, or for good where w is 0
+        logp = policy_logp  # until it is paid, or for good where w is 0
+        expert_drawn = torch.zeros_like(is_heads)
         if reads:
             expert_prob = expert.gather(-1, token.unsqueeze(-1)).squeeze(-1)
             logp = ((1 - weight) * policy_prob + weight * expert_prob).log()
@@ -77,7 +73,7 @@ class CoinSampler(GuidedSampler):
     def _pay(self, live: LiveRows, logits: Sequence[Tensor], temperature: float) -> None:
         """Record log pi_mix of the last tokens drawn, which the policy drew without asking, now that the expert has logits for them."""
         for distance, each in enumerate(reversed(logits), start=1):  # one position at a time: vocabularies are large
-            at = live.positions(1) - distance
+            at = live.positions(1)[: live.num_guided] - distance
             token, weight, policy_logp = (
                 live.recorded(name, at) for name in ("completion_ids", "guidance_weights", "policy_per_token_logps")
             )

@@ -79,11 +79,7 @@ class RoomyLayer(DynamicLayer):
 
 
 class CachedModel:
-    """A causal language model with the cache of the rows it is reading.
-
-    Attributes:
-        row_forwards: forward passes so far, counted per row.
-    """
+    """A causal language model with the cache of the rows it is reading."""
 
     def __init__(self, model: nn.Module, name: str):
         self.model, self.name = model, name
@@ -92,7 +88,6 @@ class CachedModel:
         if self._is_roomy:
             self.cache = DynamicCache(config=model.config)
             self.cache.layers = [RoomyLayer() for _ in self.cache.layers]
-        self.row_forwards = 0
         self.accepted = optional_arguments(model)
 
     def read(
@@ -118,7 +113,6 @@ class CachedModel:
                 "checkpointing off while sampling (`model.gradient_checkpointing_disable()`; the trainer does it by itself), and use a "
                 "model that caches in `past_key_values`."
             )
-        self.row_forwards += len(token_ids)
         return output.logits[:, -num_logits:]
 
     def keep_rows(self, rows: Int[Tensor, "kept"]) -> None:

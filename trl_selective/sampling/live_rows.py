@@ -14,8 +14,11 @@ from trl_selective.sampling.kv import CachedModel, RaggedContext, left_pad
 class LiveRows:
     """The live rows of one call of `GuidedSampler.sample` (terms as defined there), and the record of all rows.
 
+    Guided rows come first: the expert reads these alone.
+
     Attributes:
-        policy, expert: the models with their caches of the live rows.
+        policy, expert: the models with their caches of the live rows, of the guided ones in the case of the expert.
+        num_guided: rows that are guided.
         context: what the policy has read, in columns shared by both caches.
         backlog: (live, columns) the last tokens of the context, which the expert has not read.
         pending: (live, 1) the token behind the context, which neither has read.
@@ -31,20 +34,25 @@ class LiveRows:
         pad_token_id: int,
         max_completion_length: int,
         eos_token_ids: Collection[int],
+        is_guided: Sequence[bool],
     ):
         device = next(policy.parameters()).device
         num_rows = len(prompt_ids)
+        order = sorted(range(num_rows), key=lambda row: not is_guided[row])
+        prompt_ids = [prompt_ids[row] for row in order]
         self.policy, self.expert = CachedModel(policy, "policy"), CachedModel(expert, "expert")
+        self.num_guided = sum(is_guided)
         self.pending = torch.tensor([[ids[-1]] for ids in prompt_ids], device=device)
         self.backlog = self.pending[:, :0]
         self.position = torch.zeros(num_rows, dtype=torch.long, device=device)
         self.num_drafted = 0
 
         self._expert_has_read = False  # the pending tokens
+        self._policy_forwards = self._expert_forwards = 0
         self._max_length = max_completion_length
         self._eos_token_ids = torch.tensor(sorted(eos_token_ids), dtype=torch.long, device=device)
         self._noise = position_noise(num_rows, max_completion_length, device)
-        self._row = torch.arange(num_rows, device=device)  # which row of the record each live row is
+        self._row = torch.tensor(order, device=device)  # which row of the record each live row is
         self._lengths = torch.zeros_like(self._row)
         # One column more than there are positions: drafts beyond the last position are written there, and never read.
         shape = (num_rows, max_completion_length + 1)
@@ -59,25 +67,37 @@ class LiveRows:
         self.context = self._read_prompts(prompt_ids, pad_token_id)
 
     def _read_prompts(self, prompt_ids: Sequence[Sequence[int]], pad_token_id: int) -> RaggedContext:
-        """Both models read the prompts up to their last tokens, and each text but once: a group of rows has one prompt."""
+        """The models read the prompts of their rows up to the last tokens, and each text but once: a group of rows has one prompt."""
         device = self.pending.device
         texts = [tuple(ids[:-1]) for ids in prompt_ids]
         index = {text: number for number, text in enumerate(dict.fromkeys(texts))}
         ids, mask = left_pad(list(index), pad_token_id, device)
         context = RaggedContext(mask.sum(1) + 1 + self._max_length)
         if ids.shape[1]:
-            extended = context.extended(mask)
-            for model in (self.policy, self.expert):
-                model.read(ids, *extended, num_logits=1)
-                model.row_forwards = 0
+            mask_and_positions = context.extended(mask)
+            self.policy.read(ids, *mask_and_positions, num_logits=1)
+            if num := len(set(texts[: self.num_guided])):  # the first ones
+                guided_mask, guided_positions = (part[:num] for part in mask_and_positions)
+                self.expert.read(ids[:num], guided_mask, guided_positions, num_logits=1)
             context.append(mask)
         rows = torch.tensor([index[text] for text in texts], device=device)
-        for part in (context, self.policy, self.expert):
-            part.keep_rows(rows)
+        self._keep_rows(rows, context)
         return context
+
+    def _keep_rows(self, rows: Int[Tensor, "kept"], context: RaggedContext) -> None:
+        """Of context and caches, whose guided rows are to be the first `num_guided` of these."""
+        context.keep_rows(rows)
+        self.policy.keep_rows(rows)
+        if self.num_guided:
+            self.expert.keep_rows(rows[: self.num_guided])
 
     def __len__(self) -> int:
         return len(self._row)
+
+    @property
+    def is_guided(self) -> Bool[Tensor, "live 1"]:
+        """Whether the expert guides a row."""
+        return torch.arange(len(self), device=self._row.device).unsqueeze(1) < self.num_guided
 
     @property
     def tokens_left(self) -> int:
@@ -101,17 +121,26 @@ class LiveRows:
 
     def read_by_policy(self) -> Float[Tensor, "live 1 vocab"]:
         """The policy reads the pending tokens: its logits behind them."""
-        return self.policy.read(self.pending, *self.context.extended(torch.ones_like(self.pending)), num_logits=1)
+        return self.draft_by_policy(self.pending, *self.context.extended(torch.ones_like(self.pending)))
+
+    def draft_by_policy(self, token_ids: Int[Tensor, "live 1"], mask: Tensor, position_ids: Tensor):
+        """The policy reads one more token of each row, with a mask and positions that go beyond the context: its logits behind it."""
+        self._policy_forwards += self.num_guided
+        return self.policy.read(token_ids, mask, position_ids, num_logits=1)
 
     def read_by_expert(
         self, drafts: Int[Tensor, "live drafts"], num_logits: int
-    ) -> Float[Tensor, "live num_logits vocab"]:
-        """The expert reads its backlog, the pending tokens and drafts: its logits behind the last `num_logits` of these."""
+    ) -> Float[Tensor, "guided num_logits vocab"]:
+        """In guided rows, the expert reads its backlog, the pending tokens and drafts: its logits behind the last `num_logits` of these."""
         block = torch.cat([self.backlog, self.pending, drafts], dim=1)
         behind = self.backlog.shape[1]
         extended = self.context.extended(torch.ones_like(block[:, behind:]), behind)
         self.backlog, self._expert_has_read = self.backlog[:, :0], True
-        return self.expert.read(block, *extended, num_logits)
+        if not self.num_guided:
+            return torch.empty(0, num_logits, 0, device=block.device)
+        self._expert_forwards += self.num_guided
+        block, mask, position_ids = (part[: self.num_guided] for part in (block, *extended))
+        return self.expert.read(block, mask, position_ids, num_logits)
 
     def commit(self, count: Int[Tensor, "live"], completion_ids: Int[Tensor, "live num"], **record: Tensor) -> None:
         """Make the first `count` of the tokens drawn part of each row, up to its end token or its last position.
@@ -151,24 +180,25 @@ class LiveRows:
         if len(kept) == len(self):
             return
         self._row, self.position = self._row[kept], self.position[kept]
+        self.num_guided = int((kept < self.num_guided).sum())
         if len(self):
             self.backlog, self.pending = self.backlog[kept], self.pending[kept]
-            for part in (self.context, self.policy, self.expert):
-                part.keep_rows(kept)
+            self._keep_rows(kept, self.context)
 
     def repack(self) -> None:
         """Remove holes from both caches where that pays. Only for caches of full attention (`can_forget_tokens`)."""
         if len(self) and (columns := self.context.repacking()) is not None:
             self.policy.keep_columns(columns)
-            self.expert.keep_columns(columns)
+            if self.num_guided:
+                self.expert.keep_columns(columns[: self.num_guided])
 
-    def recorded(self, name: str, positions: Int[Tensor, "live num"]) -> Tensor:
-        """A field of the record at these positions."""
-        return self._record[name][self._row[:, None], positions]
+    def recorded(self, name: str, positions: Int[Tensor, "rows num"]) -> Tensor:
+        """A field of the record at these positions of the first rows."""
+        return self._record[name][self._row[: len(positions), None], positions]
 
-    def amend(self, name: str, positions: Int[Tensor, "live num"], values: Tensor) -> None:
-        """Write a field of the record anew, at positions that were committed."""
-        self._record[name][self._row[:, None], positions] = values
+    def amend(self, name: str, positions: Int[Tensor, "rows num"], values: Tensor) -> None:
+        """Write a field of the record anew, at positions of the first rows that were committed."""
+        self._record[name][self._row[: len(positions), None], positions] = values
 
     def to_rollout(self) -> GuidedRollout:
         """The record of all rows, on the host."""
@@ -179,7 +209,7 @@ class LiveRows:
         }
         return GuidedRollout(
             **fields,
-            policy_forwards=self.policy.row_forwards,
-            expert_forwards=self.expert.row_forwards,
+            policy_forwards=self._policy_forwards,
+            expert_forwards=self._expert_forwards,
             num_drafted=self.num_drafted,
         )

@@ -79,6 +79,7 @@ class GuidedSampler(ABC):
         max_completion_length: int,
         eos_token_ids: Collection[int],
         temperature: float = 1.0,
+        is_guided: Sequence[bool] | None = None,
     ) -> GuidedRollout:
         """Draw one completion for each prompt.
 
@@ -88,6 +89,8 @@ class GuidedSampler(ABC):
             max_completion_length: tokens after which a completion ends at the latest, at least 1.
             eos_token_ids: a completion ends with the first of these, which is part of it.
             temperature: > 0, divides the logits of both models.
+            is_guided: which rows are; None for all. The others are drawn from the policy alone (w = 0). The expert does not read them, and
+                forwards and drafts of theirs are not counted.
 
         Raises:
             ValueError: for arguments out of range, and if a model returns a distribution that is not finite.
@@ -102,7 +105,20 @@ class GuidedSampler(ABC):
                 "Expected temperature > 0, entropy_threshold >= 0 and max_completion_length >= 1, got "
                 f"{temperature}, {entropy_threshold} and {max_completion_length}."
             )
-        live = LiveRows(self.policy, self.expert, prompt_ids, self.pad_token_id, max_completion_length, eos_token_ids)
+        is_guided = [True] * len(prompt_ids) if is_guided is None else is_guided
+        if len(is_guided) != len(prompt_ids):
+            raise ValueError(
+                f"is_guided must have one entry per prompt, got {len(is_guided)} for {len(prompt_ids)} prompts."
+            )
+        live = LiveRows(
+            self.policy,
+            self.expert,
+            prompt_ids,
+            self.pad_token_id,
+            max_completion_length,
+            eos_token_ids,
+            is_guided,
+        )
         while len(live):
             self._advance(live, entropy_threshold, temperature)
         return live.to_rollout()
@@ -119,12 +135,26 @@ class GuidedSampler(ABC):
         probs = (logits[..., : self.vocab_size].float() / temperature).softmax(-1)
         return probs / probs.sum(-1, keepdim=True, dtype=torch.float64).float()
 
+    def _expert_probs(
+        self,
+        logits: Float[Tensor, "guided positions head"],
+        policy: Float[Tensor, "rows positions vocab"],
+        temperature: float,
+    ) -> Float[Tensor, "rows positions vocab"]:
+        """The expert's law in guided rows. In the others, which have w = 0, the policy's stands in for it."""
+        if len(logits) == len(policy):
+            return self._probs(logits, temperature)
+        return torch.cat([self._probs(logits, temperature), policy[len(logits) :]]) if len(logits) else policy
+
     def _weight(
         self,
+        live: LiveRows,
         entropies: Float[Tensor, "rows positions"],
         entropy_threshold: float,
         positions: Int[Tensor, "rows positions"],
     ) -> Float[Tensor, "rows positions"]:
         """The guidance weight w of each position."""
         weight = self.weighting(entropies, entropy_threshold, self.max_weight)
-        return torch.where(positions == 0, 1.0, weight) if self.first_token_from_expert else weight
+        if self.first_token_from_expert:
+            weight = torch.where(positions == 0, 1.0, weight)
+        return weight if live.num_guided == len(live) else weight * live.is_guided

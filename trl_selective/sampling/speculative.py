@@ -57,7 +57,8 @@ class SpeculativeSampler(GuidedSampler):
         stands = torch.ones_like(live.pending, dtype=torch.bool)  # whether all drafts before do
         for at in range(num):
             here = slice(at, at + 1)
-            policy, expert = (self._probs(logits[:, here], temperature) for logits in (policy_logits, expert_logits))
+            policy = self._probs(policy_logits[:, here], temperature)
+            expert = self._expert_probs(expert_logits[:, here], policy, temperature)
             verdict = self._judge(live, at, stands, policy, expert, weight[:, here], drafts[:, here])
             judged.append((stands, *verdict))
             stands = stands & ~verdict[0]
@@ -66,8 +67,8 @@ class SpeculativeSampler(GuidedSampler):
         )
         verified = self._clock()
 
-        live.num_drafted += drafts.numel()
-        if self.draft_length is None:
+        live.num_drafted += live.num_guided * num
+        if self.draft_length is None and live.num_guided:
             self.lookahead.observe(
                 num,
                 is_tested.sum().item() / len(live),
@@ -113,11 +114,11 @@ class SpeculativeSampler(GuidedSampler):
         found: list[tuple[Tensor, ...]] = []
         while True:
             positions = live.positions(len(found) + 1)[:, -1:]
-            logits = live.policy.read(token, mask, position_ids, num_logits=1)
+            logits = live.draft_by_policy(token, mask, position_ids)
             law = self._probs(logits, temperature)
             token = inverse_cdf(law, live.noise(positions, DRAFT))
             entropies = entropy(law)
-            weight = self._weight(entropies, entropy_threshold, positions)
+            weight = self._weight(live, entropies, entropy_threshold, positions)
             at_stake = live.noise(positions, ACCEPT) >= 1 - weight
             found.append((token, logits, entropies, weight, at_stake))
             if len(found) == limit:

@@ -24,9 +24,9 @@ class StepwiseSampler(GuidedSampler):
         positions = live.positions(1)
         no_drafts = live.pending[:, :0]
         policy = self._probs(live.read_by_policy(), temperature)
-        expert = self._probs(live.read_by_expert(no_drafts, num_logits=1), temperature)
+        expert = self._expert_probs(live.read_by_expert(no_drafts, num_logits=1), policy, temperature)
         entropies = entropy(policy)
-        weight = self._weight(entropies, entropy_threshold, positions)
+        weight = self._weight(live, entropies, entropy_threshold, positions)
         mixed = mixed_policy(policy, expert, weight)
         token = inverse_cdf(mixed, live.noise(positions, DRAFT))
 
