@@ -11,10 +11,11 @@ from functools import partial
 import pytest
 import torch
 from peft import LoraConfig, get_peft_model
-from transformers import AutoModelForCausalLM, AutoTokenizer, GPT2Config, Qwen2Config
+from transformers import AutoModelForCausalLM, AutoTokenizer, GenerationMixin, GPT2Config, Qwen2Config
 
 from tests.training import EXPERT, POLICY, QUICKSTART, filler_reward, length_reward, make_trainer, path_dataset
 from trl_selective import SelectiveGuidanceGRPOConfig, SelectiveGuidanceGRPOTrainer
+from trl_selective.experts import on_device
 from trl_selective.functional import EntropyHistogram, guided_advantages, on_policy_advantages
 
 LOSS_TYPES = ["grpo", "bnpo", "dr_grpo", "dapo", "cispo", "sapo", "luspo", "vespo"]
@@ -363,6 +364,36 @@ def test_the_speculative_sampler_in_the_trainer(tmp_path):
 def test_a_chosen_draft_length_reaches_training(tmp_path):
     trainer = trained(tmp_path, guided_sampler="auto", max_draft_length=5)
     assert all(1 <= value <= 5 for value in logged(trainer, "guidance/draft_length"))
+
+
+def test_an_offloaded_expert_guides_as_any_other(tmp_path, monkeypatch):
+    moves = []
+    monkeypatch.setattr("trl_selective.trainer.on_device", lambda *args: moves.append(args[1]) or on_device(*args))
+    offloaded = trained(tmp_path / "offloaded", expert_model_offload=True)
+    assert moves == [offloaded.accelerator.device] * 3  # once a rollout
+    assert same_parameters(offloaded.model, trained(tmp_path / "there").model)
+    assert len(moves) == 3
+
+
+@pytest.mark.parametrize(("mixture_policy", "num_calls"), [("current", 1), ("initial", 3)])
+def test_on_policy_rows_are_drawn_in_the_loop_of_guided_ones(tmp_path, monkeypatch, mixture_policy, num_calls):
+    """Where both are drawn from one policy. The first batch, which measures the threshold, is TRL's own."""
+    batches = []
+    generate = GenerationMixin.generate
+
+    def note(self, *args, **kwargs):
+        batches.append(len(kwargs["input_ids"]))
+        return generate(self, *args, **kwargs)
+
+    monkeypatch.setattr(GenerationMixin, "generate", note)
+    trainer = trained(tmp_path, mixture_policy=mixture_policy, entropy_threshold_init=None, reward_funcs=length_reward)
+    assert batches == [16, 8, 8][:num_calls]
+    assert [batch.num_rows for batch in trainer.batches] == [16, 16]
+    for batch, output in zip(trainer.batches, trainer.outputs[1:], strict=True):
+        assert len(batch.rollout.completion_ids) == 8
+        rows = zip(output["completion_ids"], output["completion_mask"], strict=True)
+        assert [ids[mask.bool()].tolist() for ids, mask in rows] == batch.completion_ids
+        assert batch.split(batch.completion_ids)[1] == batch.rollout.completion_ids
 
 
 def test_the_coin_sampler_in_the_trainer(tmp_path):

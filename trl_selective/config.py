@@ -27,6 +27,7 @@ TRUNCATED = ("truncated", "sequence_truncated")  # those that need the expert's 
 # Every guidance field is None until it is set by the user, then by the preset, then from here. A field that stays None says so in its help.
 DEFAULTS: dict[str, Any] = {
     "num_guided_generations": 0,
+    "expert_model_offload": False,
     "guidance_weighting": "entropy",
     "entropy_quantile": 0.95,
     "entropy_threshold_floor": 0.0,
@@ -108,6 +109,8 @@ class SelectiveGuidanceGRPOConfig(GRPOConfig):
         expert_model_init_kwargs (`dict[str, Any]`, *optional*):
             Keyword arguments for `AutoModelForCausalLM.from_pretrained` of the expert. `dtype` defaults to bfloat16 on accelerators and to
             float32 on CPUs.
+        expert_model_offload (`bool`, *optional*, defaults to `False`):
+            Keep the expert in main memory while it is not sampling or scoring, so that training has its place on the accelerator.
 
         > Parameters that control where the expert steps in (Eq. 6)
 
@@ -216,6 +219,7 @@ class SelectiveGuidanceGRPOConfig(GRPOConfig):
     expert_model_init_kwargs: dict[str, Any] | str | None = _option(
         "Keyword arguments to load the expert with, as JSON."
     )
+    expert_model_offload: bool | None = _option("Keep the expert in main memory between rollouts (default False).")
 
     guidance_weighting: str | None = _option(
         "How the expert's share follows from the policy's entropy (default entropy).", choices=sorted(WEIGHTINGS)

@@ -10,6 +10,7 @@ import textwrap
 import time
 import warnings
 from collections import defaultdict
+from contextlib import AbstractContextManager, nullcontext
 from functools import partial
 from pathlib import Path
 
@@ -31,6 +32,7 @@ from trl_selective.experts import (
     evaluation_mode,
     load_expert,
     load_expert_tokenizer,
+    on_device,
 )
 from trl_selective.functional.advantages import mixed_group_advantages, reward_span, total_reward
 from trl_selective.functional.importance import injected_importance_weight
@@ -212,9 +214,16 @@ class SelectiveGuidanceGRPOTrainer(GRPOTrainer):
             "init_kwargs": args.expert_model_init_kwargs,
             "trust_remote_code": args.trust_remote_code,
         }
-        self.expert_model = load_expert(expert_model, self.accelerator.device, **source)
+        self.expert_model = load_expert(
+            expert_model, self.accelerator.device, **source, offload=args.expert_model_offload
+        )
         tokenizer = expert_processing_class or load_expert_tokenizer(self.expert_model, **source)
         self._shared_vocab_size = check_expert(self.expert_model, tokenizer, self._tokenizer, self.eos_token_ids)
+
+    def _expert_at_hand(self) -> AbstractContextManager:
+        """The expert where it is used."""
+        offload = self.args.expert_model_offload
+        return on_device(self.expert_model, self.accelerator.device) if offload else nullcontext()
 
     def _set_up_guidance(self) -> None:
         args = self.args
@@ -341,6 +350,10 @@ class SelectiveGuidanceGRPOTrainer(GRPOTrainer):
         if self._batch is None or not self._batch.num_guided:
             return super()._generate_single_turn(*args, **kwargs)
         call = inspect.signature(super()._generate_single_turn).bind(*args, **kwargs)
+        if self._can_sample_together(call.arguments["multimodal_fields"]):
+            rollout = self._sample_guided(call.arguments["prompt_ids"], self._batch.is_guided)
+            self._batch.rollout = rollout.take([row for row, guided in enumerate(self._batch.is_guided) if guided])
+            return rollout.completion_ids, None
         call.arguments["prompt_ids"], guided_prompt_ids = self._batch.split(call.arguments["prompt_ids"])
         fields = call.arguments["multimodal_fields"]  # of a text model, at most its token_type_ids
         call.arguments["multimodal_fields"] = {name: self._batch.split(rows)[0] for name, rows in fields.items()}
@@ -349,7 +362,14 @@ class SelectiveGuidanceGRPOTrainer(GRPOTrainer):
         self._batch.rollout = self._sample_guided(guided_prompt_ids)
         return self._batch.merge(completion_ids, self._batch.rollout.completion_ids), logprobs
 
-    def _sample_guided(self, prompt_ids: list[list[int]]) -> GuidedRollout:
+    def _can_sample_together(self, multimodal_fields: dict) -> bool:
+        """Whether on-policy rows, too, may be drawn in the sampler's loop. The law is that of `generate` (config and
+        `check_generation_config` see to it), and one loop costs hardly more than either of two."""
+        return self.args.mixture_policy == "current" and not (
+            self.use_vllm or self.use_transformers_continuous_batching or multimodal_fields
+        )
+
+    def _sample_guided(self, prompt_ids: list[list[int]], is_guided: list[bool] | None = None) -> GuidedRollout:
         """Mixed-policy rollouts of the current policy, which is sampled in the mode and with the weights that TRL samples it."""
         options = {"gather_deepspeed3_params": self.args.ds3_gather_for_generation}
         if "gradient_checkpointing_kwargs" in inspect.signature(unwrap_model_for_generation).parameters:  # TRL >= 1.16
@@ -357,6 +377,7 @@ class SelectiveGuidanceGRPOTrainer(GRPOTrainer):
         with (
             unwrap_model_for_generation(self.model_wrapped, self.accelerator, **options) as policy,
             self._dist.summon_full_params(self.model_wrapped, recurse=False),
+            self._expert_at_hand(),
         ):
             if self.args.mixture_policy == "current":
                 self._sampler.policy = policy
@@ -366,6 +387,7 @@ class SelectiveGuidanceGRPOTrainer(GRPOTrainer):
                 max_completion_length=self.max_completion_length,
                 eos_token_ids=self.eos_token_ids,
                 temperature=self.temperature,
+                is_guided=is_guided,
             )
 
     # ---- Injected completions ----------------------------------------------------------------------------------------------------------
@@ -510,7 +532,8 @@ class SelectiveGuidanceGRPOTrainer(GRPOTrainer):
         scored: list = []
         if unknown:
             texts = [injected[row].completion.token_ids for row in unknown]
-            scored = completion_logps(self.expert_model, prompts, texts, temperature=self.temperature)
+            with self._expert_at_hand():
+                scored = completion_logps(self.expert_model, prompts, texts, temperature=self.temperature)
         known = {
             row: choice.completion.logps for row, choice in injected.items() if choice.completion.logps is not None
         }

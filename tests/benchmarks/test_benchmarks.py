@@ -54,7 +54,7 @@ def test_runs_take_turns():
     "arguments",
     [
         "sampling --shape tiny --device cpu --batch 2 --length 8 --expert 1 --rejected 0.1 --repeats 1",
-        "training --steps 1 --prompts 1",
+        "training --shape tiny --steps 1 --prompts 1 --length 8",
     ],
 )
 def test_the_commands(arguments):

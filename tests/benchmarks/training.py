@@ -1,17 +1,21 @@
 """What a training step costs beside GRPOTrainer's: with guidance off, and with 4 of 12 rollouts guided."""
 
 import argparse
+import copy
 import tempfile
 import threading
 import time
+from dataclasses import replace
 from pathlib import Path
 from statistics import median
 
-from transformers import TrainerCallback
+from transformers import AutoTokenizer, TrainerCallback
 from trl import GRPOConfig, GRPOTrainer
 
+from tests.benchmarks.models import SHAPES, Disagreement, make_expert, make_policy
 from tests.benchmarks.timing import median_ratio, synchronize
-from tests.training import GUIDED, PLAIN, length_reward, make_trainer
+from tests.training import GUIDED, PLAIN, POLICY, length_reward, make_trainer
+from trl_selective.config import SAMPLERS
 
 NUM_WARM = 3  # steps that do not count
 
@@ -60,31 +64,53 @@ class Stopwatch:
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--steps", type=int, default=30)
-    parser.add_argument("--prompts", type=int, default=8, help="per step, with 12 rollouts each")
+    parser.add_argument("--prompts", type=int, default=4, help="per step, with 12 rollouts each")
+    parser.add_argument("--length", type=int, default=64, help="of completions")
+    parser.add_argument("--shape", choices=SHAPES, default="small", help="of policy and expert")
+    parser.add_argument("--rejected", type=float, default=0.05, metavar="SHARE", help="w TV")
+    parser.add_argument("--sampler", choices=SAMPLERS, default="auto")
 
 
 def main(arguments: argparse.Namespace) -> None:
+    tokenizer = AutoTokenizer.from_pretrained(POLICY)
+    shape = replace(SHAPES[arguments.shape], vocab_size=len(tokenizer))
+    policy = make_policy(shape)
+    expert = make_expert(policy, times=1)
+    agreement = Disagreement(policy, expert).set(arguments.rejected)
     settings = {
         "max_steps": arguments.steps + NUM_WARM,
+        "max_completion_length": arguments.length,
         "per_device_train_batch_size": 12 * arguments.prompts,
         "num_generations": 12,
-        "learning_rate": 1e-6,
+        "learning_rate": 1e-9,
         "reward_funcs": length_reward,
     }
-    guided = {**GUIDED, "num_guided_generations": 4, "guided_sampler": "auto", "guidance_steps": float("inf")}
+    init = {"processing_class": tokenizer}
+    guided = {
+        **GUIDED,
+        "num_guided_generations": 4,
+        "guided_sampler": arguments.sampler,
+        "guidance_steps": float("inf"),
+        "entropy_threshold_init": agreement.entropy_threshold,
+    }
     with tempfile.TemporaryDirectory() as folder:
         trainers = {
-            "GRPOTrainer": make_trainer(
-                Path(folder) / "grpo", trainer_class=GRPOTrainer, config_class=GRPOConfig, settings=PLAIN, **settings
-            ),
-            "guidance off": make_trainer(Path(folder) / "off", settings=PLAIN, **settings),
-            "4 of 12 guided": make_trainer(Path(folder) / "guided", settings=guided, **settings),
+            name: make_trainer(Path(folder) / name, model=copy.deepcopy(policy), **{"init": init, **kind}, **settings)
+            for name, kind in {
+                "GRPOTrainer": {"trainer_class": GRPOTrainer, "config_class": GRPOConfig, "settings": PLAIN},
+                "guidance off": {"settings": PLAIN},
+                "4 of 12 guided": {
+                    "settings": guided,
+                    "expert_model": expert,
+                    "init": {**init, "expert_processing_class": tokenizer},
+                },
+            }.items()
         }
-        expert = Stopwatch(trainers["4 of 12 guided"].expert_model)
+        stopwatch = Stopwatch(expert)
         turns = take_turns(trainers)
     seconds = {name: turn.seconds[NUM_WARM:] for name, turn in turns.items()}
     grpo = seconds["GRPOTrainer"]
-    share = expert.seconds / sum(turns["4 of 12 guided"].seconds)
+    share = stopwatch.seconds / sum(turns["4 of 12 guided"].seconds)
     print("\n| trainer | median step, s | ratio |\n|---|---|---|")
     for name, values in seconds.items():
         print(f"| {name} | {median(values):.3f} | {median_ratio(values, grpo):.3f} |")

@@ -9,7 +9,7 @@ from transformers import PreTrainedTokenizerFast
 
 from tests.models import tiny_adapter, tiny_model
 from tests.training import EXPERT, POLICY
-from trl_selective.experts import check_expert, load_expert, load_expert_tokenizer, local
+from trl_selective.experts import check_expert, load_expert, load_expert_tokenizer, local, on_device
 
 CPU = torch.device("cpu")
 WORDS = ["<pad>", "<eos>", "a", "b", "c"]
@@ -222,3 +222,41 @@ def test_a_missing_expert_is_named(tmp_path):
         ValueError, match=r"The expert 'some/expert' could not be loaded. Expected a Hub id, a folder with a model"
     ):
         load_expert("some/expert", CPU)
+
+
+# Offloading.
+
+
+def test_an_offloaded_expert_is_in_main_memory_but_when_used(monkeypatch):
+    expert = load_expert(tiny_model(1), torch.device("meta"), offload=True)  # "meta" in place of an accelerator
+    assert_frozen(expert)
+    assert expert.device == CPU
+    moves = []
+    monkeypatch.setattr(expert, "to", lambda device: moves.append(str(device)))
+    with on_device(expert, torch.device("meta")):
+        assert moves == ["meta"]
+    assert moves == ["meta", "cpu"]
+    with pytest.raises(KeyError), on_device(expert, torch.device("meta")):
+        raise KeyError
+    assert moves == ["meta", "cpu"] * 2
+
+
+@pytest.mark.gpu
+def test_an_offloaded_expert_takes_no_memory_of_the_accelerator():
+    device = torch.device("cuda")
+    before = torch.cuda.memory_allocated()
+    expert = load_expert(tiny_model(1), device, offload=True)
+    assert torch.cuda.memory_allocated() == before
+    with on_device(expert, device):
+        assert expert.device.type == "cuda"
+        assert torch.cuda.memory_allocated() > before
+    assert expert.device == CPU
+    assert torch.cuda.memory_allocated() == before
+
+
+@pytest.mark.parametrize("reason", ["hf_device_map", "quantization_method"])
+def test_an_expert_that_cannot_be_moved_cannot_be_offloaded(reason):
+    expert = tiny_model(1)
+    setattr(expert, reason, {"": "cpu"})
+    with pytest.raises(ValueError, match=r"expert_model_offload=True needs .* device map or quantised weights"):
+        load_expert(expert, CPU, offload=True)

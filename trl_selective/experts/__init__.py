@@ -3,7 +3,7 @@
 from trl_selective.experts.collect import Tally, collect
 from trl_selective.experts.completions import CompletionReader, ExpertCompletion
 from trl_selective.experts.endpoint_source import EndpointSource, endpoint_client
-from trl_selective.experts.local import check_expert, load_expert, load_expert_tokenizer
+from trl_selective.experts.local import check_expert, load_expert, load_expert_tokenizer, on_device
 from trl_selective.experts.local_source import LocalSource
 from trl_selective.experts.scoring import completion_logps, evaluation_mode
 from trl_selective.experts.sources import Completion, Sampling, Source
@@ -24,4 +24,5 @@ __all__ = [
     "evaluation_mode",
     "load_expert",
     "load_expert_tokenizer",
+    "on_device",
 ]

@@ -6,7 +6,8 @@ padded to different sizes (Qwen2.5-3B and 7B are), and one tokenizer may have mo
 
 import os
 import warnings
-from collections.abc import Collection
+from collections.abc import Collection, Iterator
+from contextlib import contextmanager
 from typing import Any, TypeAlias
 
 import torch
@@ -24,6 +25,7 @@ def load_expert(
     revision: str | None = None,
     init_kwargs: dict[str, Any] | None = None,
     trust_remote_code: bool = False,
+    offload: bool = False,
 ) -> Expert:
     """Load the expert if it is a name, freeze it, and put it on `device` in evaluation mode.
 
@@ -33,9 +35,11 @@ def load_expert(
         revision: of a Hub id.
         init_kwargs: for `AutoModelForCausalLM.from_pretrained`; `dtype` defaults to bfloat16 on accelerators and float32 on CPUs.
         trust_remote_code: the default of the argument of that name.
+        offload: leave it in main memory, to be used within `on_device`.
 
     Raises:
-        ValueError: if there is no such model, or if `revision` or `init_kwargs` is given beside a model.
+        ValueError: if there is no such model, if `revision` or `init_kwargs` is given beside a model, or if one that stays where it was
+            loaded is to be offloaded.
     """
     if isinstance(expert, (str, os.PathLike)):
         kwargs = {"trust_remote_code": trust_remote_code, **(init_kwargs or {})}
@@ -54,7 +58,22 @@ def load_expert(
         )
     expert = expert.requires_grad_(False).eval()
     is_placed = hasattr(expert, "hf_device_map") or getattr(expert, "quantization_method", None) is not None
-    return expert if is_placed else expert.to(device)
+    if is_placed and offload:
+        raise ValueError(
+            "expert_model_offload=True needs an expert that can be moved, got one with a device map or quantised weights, which stays where it "
+            "was loaded. Set expert_model_offload=False, or load the expert without either."
+        )
+    return expert if is_placed else expert.to("cpu" if offload else device)
+
+
+@contextmanager
+def on_device(expert: Expert, device: torch.device) -> Iterator[None]:
+    """An offloaded expert on `device`, and in main memory again afterwards."""
+    try:
+        expert.to(device)
+        yield
+    finally:
+        expert.to("cpu")
 
 
 def load_expert_tokenizer(
