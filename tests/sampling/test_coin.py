@@ -70,6 +70,16 @@ def test_what_a_row_is_owed_is_paid_before_it_leaves(models, blocks):
     assert_recorded(rollout, *models, PROMPTS * 6, guidance)
 
 
+def test_what_only_some_rows_are_owed_is_paid(models):
+    """A gate that is shut in one row and open in the other."""
+    guidance = Guidance("hard_gate", threshold=1.2, max_weight=0.1)
+    rollout = guidance.sample("coin", *models, PROMPTS[:2], length=LENGTH)
+    is_open = torch.tensor(rollout.guidance_weights) > 0
+    assert (is_open.any(0) & ~is_open.all(0)).sum() > 5
+    assert is_open.all(0).sum() > 5
+    assert_recorded(rollout, *models, PROMPTS[:2], guidance)
+
+
 def test_the_expert_draws_the_tokens_of_heads(models, heads):
     """Where all weight is on one token of the expert, that token stands at the heads, and there only."""
     policy, expert = models

@@ -100,9 +100,14 @@ def test_without_a_guided_row_there_is_no_expert(models, kind):
     policy, _ = models
     expert = tiny_model(3)
     expert.register_forward_pre_hook(lambda *_: pytest.fail("the expert is asked"))
-    rollout = GUIDANCES["w1"].sample(kind, policy, expert, ALL, length=LENGTH, eos={1}, is_guided=[False] * len(ALL))
+    sampler = GUIDANCES["w1"].sampler(kind, policy, expert)
+    rollout = sampler.sample(
+        ALL, entropy_threshold=1.0, max_completion_length=LENGTH, eos_token_ids={1}, is_guided=[False] * len(ALL)
+    )
     assert_recorded(rollout, *models, ALL, W0)
     assert rollout.expert_forwards == rollout.policy_forwards == rollout.num_drafted == 0
+    if kind is None:
+        assert sampler.lookahead.rounds == 0  # forwards that did not happen say nothing about their cost
 
 
 @pytest.mark.parametrize("architecture", MINDFUL)
