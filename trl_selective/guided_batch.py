@@ -55,6 +55,11 @@ class GuidedBatch:
         group = [False] * self.num_on_policy + [True] * self.num_guided
         return group * (self.num_rows // self.num_generations)
 
+    @property
+    def guided_rows(self) -> list[int]:
+        """The guided rows of this process."""
+        return [row for row, is_guided in enumerate(self.is_guided) if is_guided]
+
     def split(self, rows: list) -> tuple[list, list]:
         """`rows` by kind: on-policy ones, guided ones."""
         pairs = list(zip(rows, self.is_guided, strict=True))
@@ -81,8 +86,7 @@ class GuidedBatch:
     def importance_weights(self, seq: int, correction: str, max_ratio: float) -> Float[Tensor, "rows #{seq}"]:
         """Weights under `correction` of all rows, one per token of `seq` or one per row; 1 for what is not guided."""
         log_ratio, mask = torch.zeros(self.num_rows, seq), torch.zeros(self.num_rows, seq, dtype=torch.bool)
-        guided = [row for row, is_guided in enumerate(self.is_guided) if is_guided]
-        for row, ratios in zip(guided, self.rollout.log_ratios(), strict=True):
+        for row, ratios in zip(self.guided_rows, self.rollout.log_ratios(), strict=True):
             log_ratio[row, : len(ratios)] = ratios
             mask[row, : len(ratios)] = True
         return guided_importance_weight(log_ratio, mask, correction, max_ratio)

@@ -352,7 +352,7 @@ class SelectiveGuidanceGRPOTrainer(GRPOTrainer):
         call = inspect.signature(super()._generate_single_turn).bind(*args, **kwargs)
         if self._can_sample_together(call.arguments["multimodal_fields"]):
             rollout = self._sample_guided(call.arguments["prompt_ids"], self._batch.is_guided)
-            self._batch.rollout = rollout.take([row for row, guided in enumerate(self._batch.is_guided) if guided])
+            self._batch.rollout = rollout.take(self._batch.guided_rows)
             return rollout.completion_ids, None
         call.arguments["prompt_ids"], guided_prompt_ids = self._batch.split(call.arguments["prompt_ids"])
         fields = call.arguments["multimodal_fields"]  # of a text model, at most its token_type_ids
@@ -365,9 +365,8 @@ class SelectiveGuidanceGRPOTrainer(GRPOTrainer):
     def _can_sample_together(self, multimodal_fields: dict) -> bool:
         """Whether on-policy rows, too, may be drawn in the sampler's loop. The law is that of `generate` (config and
         `check_generation_config` see to it), and one loop costs hardly more than either of two."""
-        return self.args.mixture_policy == "current" and not (
-            self.use_vllm or self.use_transformers_continuous_batching or multimodal_fields
-        )
+        is_generate = not (self.use_transformers_continuous_batching or multimodal_fields)
+        return is_generate and self.args.mixture_policy == "current"
 
     def _sample_guided(self, prompt_ids: list[list[int]], is_guided: list[bool] | None = None) -> GuidedRollout:
         """Mixed-policy rollouts of the current policy, which is sampled in the mode and with the weights that TRL samples it."""

@@ -7,7 +7,6 @@ from torch import Tensor
 
 from trl_selective.functional.mixed_policy import entropy
 from trl_selective.sampling.draw import ACCEPT, DRAFT, REPLACE, inverse_cdf
-from trl_selective.sampling.kv import can_forget_tokens
 from trl_selective.sampling.live_rows import LiveRows
 from trl_selective.sampling.sampler import GuidedSampler
 
@@ -24,10 +23,6 @@ class CoinSampler(GuidedSampler):
 
     `expert_drawn` follows the law that drafting would give it, as a share (1 - pi_theta / pi*)+ of the tokens that the expert drew.
     """
-
-    def __init__(self, policy, expert, **kwargs):
-        super().__init__(policy, expert, **kwargs)
-        self._can_repack = can_forget_tokens(policy.config) and can_forget_tokens(expert.config)
 
     def _advance(self, live: LiveRows, entropy_threshold: float, temperature: float) -> None:
         positions = live.positions(1)
@@ -67,7 +62,7 @@ class CoinSampler(GuidedSampler):
             entropies=entropies,
             expert_drawn=expert_drawn,
         )
-        if reads and len(live) < num_rows and self._can_repack:
+        if reads and len(live) < num_rows:
             live.repack()
 
     def _pay(self, live: LiveRows, logits: Sequence[Tensor], temperature: float) -> None:

@@ -79,13 +79,17 @@ class RoomyLayer(DynamicLayer):
 
 
 class CachedModel:
-    """A causal language model with the cache of the rows it is reading."""
+    """A causal language model with the cache of the rows it is reading.
+
+    Attributes:
+        can_forget: whether columns may be masked out or removed (`can_forget_tokens`).
+    """
 
     def __init__(self, model: nn.Module, name: str):
         self.model, self.name = model, name
         self.cache: Any = None  # a transformers cache; where the model has a kind of its own, once something was read
-        self._is_roomy = can_forget_tokens(model.config)
-        if self._is_roomy:
+        self.can_forget = can_forget_tokens(model.config)
+        if self.can_forget:
             self.cache = DynamicCache(config=model.config)
             self.cache.layers = [RoomyLayer() for _ in self.cache.layers]
         self.accepted = optional_arguments(model)
@@ -107,7 +111,7 @@ class CachedModel:
             **{key: value for key, value in optional.items() if key in self.accepted},
         )
         self.cache = getattr(output, "past_key_values", None)
-        if self.cache is None or (self._is_roomy and not self.cache.get_seq_length()):
+        if self.cache is None or (self.can_forget and not self.cache.get_seq_length()):
             raise ValueError(
                 f"The {self.name} ({type(self.model).__name__}) returned no `past_key_values`, but guided sampling needs a cache. Turn gradient "
                 "checkpointing off while sampling (`model.gradient_checkpointing_disable()`; the trainer does it by itself), and use a "

@@ -186,8 +186,9 @@ class LiveRows:
             self._keep_rows(kept, self.context)
 
     def repack(self) -> None:
-        """Remove holes from both caches where that pays. Only for caches of full attention (`can_forget_tokens`)."""
-        if len(self) and (columns := self.context.repacking()) is not None:
+        """Remove holes from both caches where that pays, and where both can forget."""
+        can_forget = self.policy.can_forget and self.expert.can_forget
+        if can_forget and len(self) and (columns := self.context.repacking()) is not None:
             self.policy.keep_columns(columns)
             if self.num_guided:
                 self.expert.keep_columns(columns[: self.num_guided])

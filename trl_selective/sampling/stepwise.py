@@ -4,7 +4,6 @@ import torch
 
 from trl_selective.functional.mixed_policy import entropy, mixed_policy
 from trl_selective.sampling.draw import ACCEPT, DRAFT, inverse_cdf
-from trl_selective.sampling.kv import can_forget_tokens
 from trl_selective.sampling.live_rows import LiveRows
 from trl_selective.sampling.sampler import GuidedSampler
 
@@ -15,10 +14,6 @@ class StepwiseSampler(GuidedSampler):
     `expert_drawn` follows the law that drafting would give it: a token y of the mixture stems from a rejected draft with probability
     (pi_mix(y) - pi_theta(y))+ / pi_mix(y).
     """
-
-    def __init__(self, policy, expert, **kwargs):
-        super().__init__(policy, expert, **kwargs)
-        self._can_repack = can_forget_tokens(policy.config) and can_forget_tokens(expert.config)
 
     def _advance(self, live: LiveRows, entropy_threshold: float, temperature: float) -> None:
         positions = live.positions(1)
@@ -41,5 +36,5 @@ class StepwiseSampler(GuidedSampler):
             entropies=entropies,
             expert_drawn=live.noise(positions, ACCEPT) < 1 - policy_prob / mixed_prob,
         )
-        if len(live) < num_rows and self._can_repack:
+        if len(live) < num_rows:
             live.repack()  # the row with the longest prompt may have left
