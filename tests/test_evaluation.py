@@ -52,6 +52,13 @@ def test_numbers_follow_from_the_samples(expert):
     assert set(result.to_dict()) == {"pass_at_k", "standard_error", "distinct_correct", "num_problems", "num_samples"}
 
 
+def test_at_temperature_0_all_samples_are_the_greedy_one(expert):
+    greedy = run(expert, temperature=0.0)
+    assert all(len(set(texts)) == 1 for texts in greedy.completions)
+    assert greedy.completions == run(expert, temperature=0.0, seed=5).completions
+    assert greedy.pass_at_k[1] == greedy.pass_at_k[4]
+
+
 def test_equal_keys_are_the_same_solution(expert):
     result = run(expert, answer_key=lambda text: "any")
     assert result.distinct_correct == sum(any(row) for row in result.is_correct) / 12

@@ -68,7 +68,7 @@ def evaluate(
         num_samples: completions per problem.
         ks: the k of pass@k, each at most `num_samples`.
         max_completion_length: tokens.
-        temperature: > 0.
+        temperature: >= 0; at 0 the most likely token is taken, and one sample says it all.
         batch_size: completions generated at once.
         seed: of the sampling.
         correct_above: a completion is right when its reward exceeds this.

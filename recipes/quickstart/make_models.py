@@ -10,6 +10,7 @@
 
 import math
 import random
+from collections.abc import Sequence
 from pathlib import Path
 
 import torch
@@ -22,9 +23,9 @@ HERE = Path(__file__).parent
 PAD, EOS = "<pad>", "<eos>"
 
 
-def make_tokenizer() -> PreTrainedTokenizerFast:
+def make_tokenizer(words: Sequence[str] = WORDS) -> PreTrainedTokenizerFast:
     """One token per word of the task, and `<pad>` and `<eos>`."""
-    vocabulary = {word: index for index, word in enumerate([PAD, EOS, *WORDS])}
+    vocabulary = {word: index for index, word in enumerate([PAD, EOS, *words])}
     tokenizer = Tokenizer(models.WordLevel(vocabulary, unk_token=PAD))
     tokenizer.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
     return PreTrainedTokenizerFast(tokenizer_object=tokenizer, pad_token=PAD, eos_token=EOS, padding_side="left")

@@ -33,6 +33,19 @@ def test_evenly_spaced_numbers_give_every_token_its_share(temperature):
     assert (drawn.bincount(minlength=7) - n * law).abs().max() < 1 + 1e-3
 
 
+@pytest.mark.parametrize("has_uniforms", [False, True])
+def test_at_temperature_0_the_most_likely_token_is_taken(has_uniforms):
+    model = tiny_model(3)
+    uniforms = torch.rand(3, 5, dtype=torch.float64) if has_uniforms else None
+    expected = []
+    for prompt in PROMPTS:
+        ids = list(prompt)
+        for _ in range(5):
+            ids.append(int(model(torch.tensor([ids])).logits[0, -1].argmax()))
+        expected.append(ids[len(prompt) :])
+    assert sample(model, PROMPTS, length=5, ends=(), temperature=0.0, uniforms=uniforms) == expected
+
+
 def test_a_row_draws_the_same_in_any_company():
     model = tiny_model(4)
     uniforms = torch.rand(3, 12, dtype=torch.float64)

@@ -48,7 +48,7 @@ def sample_completions(
         max_completion_length: tokens after which a completion ends at the latest.
         eos_token_ids: a completion ends with the first of these, which is part of it.
         pad_token_id: any valid id, for padding.
-        temperature: > 0, divides the logits.
+        temperature: >= 0, divides the logits; at 0 the most likely token is taken.
         uniforms: one number in [0, 1) for each token, so that a row draws the same tokens in any company (to rounding); None for torch's
             global generator.
     """
@@ -58,7 +58,9 @@ def sample_completions(
     mask = pad([torch.ones_like(text) for text in texts]).to(model.device)
     law: dict[str, Any] = {"do_sample": True, "temperature": temperature, "top_k": 0, "top_p": 1.0}
     processors = LogitsProcessorList()
-    if uniforms is not None:
+    if temperature == 0:
+        law = {"do_sample": False}
+    elif uniforms is not None:
         law = {"do_sample": False}  # the processor leaves one token
         processors.append(_Draw(uniforms.to(model.device), temperature, input_ids.size(1)))
     settings = GenerationConfig(

@@ -1,0 +1,110 @@
+"""From the results of runs to numbers with intervals.
+
+A number is a mean over seeds and held-out problems. Its 95 % interval is a bootstrap over both: seeds are drawn anew, and problems, so that it
+says what other seeds and other problems of the kind could have given. Differences between two arms are paired: the same seeds and problems of
+both. With five seeds such intervals are too narrow rather than too wide: read those that just miss 0 as open.
+"""
+
+import json
+from collections.abc import Callable
+from dataclasses import dataclass
+from functools import cache
+from pathlib import Path
+
+import numpy as np
+import torch
+
+from trl_selective.functional.diversity import pass_at_k
+
+DRAWS = 4000
+KS = (1, 2, 4, 8, 16, 32, 64)
+
+
+@dataclass(frozen=True)
+class Estimate:
+    """A mean with its 95 % interval."""
+
+    mean: float
+    low: float
+    high: float
+
+    def text(self, scale: float = 1.0, digits: int = 1, sign: str = "") -> str:
+        mean, low, high = (f"{scale * value:{sign}.{digits}f}" for value in (self.mean, self.low, self.high))
+        return f"{mean} [{low}, {high}]"
+
+
+@dataclass(frozen=True)
+class Arm:
+    """The runs of one arm in one comparison, by seed."""
+
+    name: str
+    runs: dict[int, dict]
+
+    def table(self, value: Callable[[dict], np.ndarray]) -> dict[int, np.ndarray]:
+        """Seed -> what `value` finds in each problem."""
+        return {seed: value(run) for seed, run in self.runs.items()}
+
+    def estimate(self, value: Callable[[dict], np.ndarray]) -> Estimate:
+        return bootstrap(np.stack(list(self.table(value).values())))
+
+    def minus(self, other: "Arm", value: Callable[[dict], np.ndarray]) -> Estimate:
+        """The paired difference, over the seeds that both have."""
+        ours, theirs = self.table(value), other.table(value)
+        return bootstrap(np.stack([ours[seed] - theirs[seed] for seed in ours if seed in theirs]))
+
+
+def bootstrap(values: np.ndarray) -> Estimate:
+    """Of the mean of `values` (seeds x problems, NaN where a problem has no value), over both; NaN if none has."""
+    rng = np.random.default_rng(0)
+    seeds, problems = values.shape
+    weights = [rng.multinomial(size, np.full(size, 1 / size), DRAWS) for size in (seeds, problems)]
+    known = ~np.isnan(values)
+    if not known.any():
+        return Estimate(np.nan, np.nan, np.nan)
+    total = np.einsum("ds,sp,dp->d", weights[0], np.where(known, values, 0.0), weights[1], optimize=True)
+    count = np.einsum("ds,sp,dp->d", weights[0], known.astype(float), weights[1], optimize=True)
+    low, high = np.percentile(total[count > 0] / count[count > 0], [2.5, 97.5])
+    return Estimate(float(np.nanmean(values)), float(low), float(high))
+
+
+def success(k: int, level: str | None = None) -> Callable[[dict], np.ndarray]:
+    """pass@k of each problem; NaN for those of another level."""
+
+    def value(run: dict) -> np.ndarray:
+        final = run["final"]
+        rates = pass_at_k(final["num_samples"], torch.tensor(final["num_correct"]), k).double().numpy()
+        return rates if level is None else np.where([each == level for each in run["levels"]], rates, np.nan)
+
+    return value
+
+
+def distinct(run: dict) -> np.ndarray:
+    """Different right answers to each problem."""
+    return np.array(run["final"]["distinct_correct"], dtype=float)
+
+
+def whole(name: str, part: str = "final") -> Callable[[dict], np.ndarray]:
+    """A number of the whole run."""
+
+    def value(run: dict) -> np.ndarray:
+        number = run[part][name]
+        return np.array([np.nan if number is None else float(number)])
+
+    return value
+
+
+@cache
+def comparisons(results: Path) -> dict[str, dict[str, Arm]]:
+    """Comparison -> arm -> its runs, of all that are in the folder."""
+    found: dict[str, dict[str, dict[int, dict]]] = {}
+    for path in sorted(results.glob("runs/*/*.json")):
+        run = json.loads(path.read_text())
+        found.setdefault(path.parent.name, {}).setdefault(run["arm"], {})[run["seed"]] = run
+    return {place: {name: Arm(name, runs) for name, runs in arms.items()} for place, arms in found.items()}
+
+
+def curve(arm: Arm, name: str) -> tuple[list[int], list[Estimate]]:
+    """A measure over the updates, with its interval over seeds."""
+    steps = [point["step"] for point in next(iter(arm.runs.values()))["curve"]]
+    values = np.array([[point[name] for point in run["curve"]] for run in arm.runs.values()], dtype=float)
+    return steps, [bootstrap(column[:, None]) for column in values.T]

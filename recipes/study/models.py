@@ -1,0 +1,83 @@
+"""The study's models: tiny Llamas, trained from nothing, each made once and kept in a folder.
+
+| name | what it learns from |
+|---|---|
+| `expert` | shortest walks, with fillers: strong, and redundant in style |
+| `weak_expert` | the same, for an eighth of the steps |
+| `wrong_expert` | the expert, then shortest walks to wrong goals |
+| `independent` | a corpus of its own, from its own start: random walks, and few shortest ones, to near goals alone: far problems are a gap in its support |
+| `unlearned` | the expert, then random walks, few of which end at their goal: the skill is there, hidden |
+| `easier` | the same, with twice as many that do |
+
+On `grid`, expert and unlearned base are the ones that the quickstart ships.
+"""
+
+import shutil
+from collections.abc import Callable
+from dataclasses import dataclass
+from functools import partial
+from pathlib import Path
+
+import torch
+from make_models import fine_tune, make_model, make_tokenizer
+from tasks import Task, aimless_example, corpus_example, expert_example, wrong_example
+from transformers import AutoModelForCausalLM, PreTrainedTokenizerBase
+
+QUICKSTART = Path(__file__).parent.parent / "quickstart"
+SHIPPED = {("grid", "expert"): QUICKSTART / "expert", ("grid", "unlearned"): QUICKSTART / "policy"}
+
+
+@dataclass(frozen=True)
+class Recipe:
+    """What a model is trained on, for how many steps of 128 examples, how fast; from random weights, or from another model."""
+
+    example: Callable
+    steps: int
+    learning_rate: float
+    seed: int
+    start: str | None = None
+
+
+RECIPES = {
+    "expert": Recipe(expert_example, 3000, 3e-3, seed=0),
+    "weak_expert": Recipe(expert_example, 400, 3e-3, seed=1),
+    "wrong_expert": Recipe(wrong_example, 300, 1e-3, seed=2, start="expert"),
+    "independent": Recipe(partial(corpus_example, solved=0.1), 3000, 3e-3, seed=3),
+    "unlearned": Recipe(partial(aimless_example, hindsight=0.08), 300, 1e-3, seed=4, start="expert"),
+    "easier": Recipe(partial(aimless_example, hindsight=0.15), 300, 1e-3, seed=5, start="expert"),
+}
+
+
+def make(task: Task, name: str, folder: Path, steps: int | None = None) -> Path:
+    """The folder of a model, which is trained first if it is not there."""
+    path = folder / task.name / name
+    if (path / "config.json").exists():
+        return path
+    if (task.name, name) in SHIPPED:
+        shutil.copytree(SHIPPED[task.name, name], path)
+        return path
+    recipe = RECIPES[name]
+    torch.manual_seed(recipe.seed)
+    tokenizer = make_tokenizer(task.words)
+    model = make_model(tokenizer)
+    if recipe.start is not None:
+        model = AutoModelForCausalLM.from_pretrained(make(task, recipe.start, folder, steps), dtype=torch.float32)
+    fine_tune(
+        model,
+        tokenizer,
+        partial(recipe.example, task),
+        steps=steps or recipe.steps,
+        learning_rate=recipe.learning_rate,
+        seed=100 + recipe.seed,
+        description=f"{task.name}: {name}",
+    )
+    save(model, tokenizer, path)
+    return path
+
+
+def save(model, tokenizer: PreTrainedTokenizerBase, path: Path) -> None:
+    """All of a model, or nothing: an interrupted run leaves no half of one."""
+    unfinished = path.with_name(f"{path.name}.unfinished")
+    model.save_pretrained(unfinished)
+    tokenizer.save_pretrained(unfinished)
+    unfinished.rename(path)

@@ -1,0 +1,321 @@
+"""One run of the study: a base model, trained by one arm's method with one seed, and measured on the way and at the end."""
+
+import contextlib
+import json
+import os
+import random
+import time
+import traceback
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+import datasets
+import torch
+from measures import Sampling, as_dataset, greedy, measure
+from models import make
+from tasks import TASKS, Problem, Task, splits
+from transformers import AutoModelForCausalLM, AutoTokenizer, TrainerCallback
+from trl import SFTConfig, SFTTrainer
+
+from trl_selective import SelectiveGuidanceGRPOConfig, SelectiveGuidanceGRPOTrainer
+from trl_selective.experts import LocalSource, collect
+from trl_selective.experts import Sampling as ExpertSampling
+from trl_selective.functional.schedules import cosine
+from trl_selective.grading import Verifier
+
+OWN_SETTINGS = (
+    "method",
+    "expert",
+    "only_right",
+    "sft_share",
+    "hint_steps",
+)  # of arms; all others are fields of the trainer's config
+LOGGED = (
+    "reward",
+    "entropy",
+    "completions/mean_length",
+    "frac_reward_zero_std",
+    "guidance/coef",
+    "guidance/weight",
+    "guidance/expert_drawn",
+    "guidance/entropy_threshold",
+    "guidance/reward/guided",
+    "guidance/rescued_groups",
+    "guidance/injection/rows",
+    "guidance/injection/accepted",
+)
+
+
+@dataclass(frozen=True)
+class Run:
+    """
+    Attributes:
+        comparison: in which it takes part.
+        arm, settings: name of the arm, and what it changes: `OWN_SETTINGS`, else fields of SelectiveGuidanceGRPOConfig.
+        num_train: how many training problems there are.
+        split: which problems it is measured on: `heldout`, or `validation` while learning rates are searched.
+        training: fields that all runs share.
+        protocol: how it is measured, see `study.yaml`.
+    """
+
+    comparison: str
+    task: str
+    base: str
+    arm: str
+    seed: int
+    learning_rate: float
+    split: str
+    num_train: int
+    settings: dict[str, Any]
+    training: dict[str, Any]
+    protocol: dict[str, Any]
+
+    @property
+    def name(self) -> str:
+        if self.split == "validation":
+            return f"search/{self.comparison}/{self.arm}-{self.learning_rate:g}-{self.seed}"
+        return f"runs/{self.comparison}/{self.arm}-{self.seed}"
+
+
+@contextlib.contextmanager
+def quiet(log_file: Path):
+    """What is printed goes to a file: several processes share the screen."""
+    torch.set_num_threads(1)  # models this small are slower with more, and sums have one order
+    log_file.parent.mkdir(parents=True, exist_ok=True)
+    with log_file.open("w") as log, contextlib.redirect_stdout(log), contextlib.redirect_stderr(log):
+        try:
+            yield
+        except Exception as error:
+            traceback.print_exc()
+            error.add_note(str(log_file))
+            raise
+
+
+def execute(run: Run, output: Path) -> None:
+    """Train and measure. The result is written to `output/results/NAME.json`, what was printed to `output/logs/NAME.log`."""
+    with quiet(output / "logs" / f"{run.name}.log"):
+        result = asdict(run) | _train_and_measure(run, output)
+    _write(output / "results" / f"{run.name}.json", result)
+
+
+def _train_and_measure(run: Run, output: Path) -> dict:
+    task, protocol = TASKS[run.task], run.protocol
+    tokenizer = AutoTokenizer.from_pretrained(output / "models" / run.task / run.base)
+    problems = splits(task)[run.split][: protocol["num_problems"]]
+    meter = Meter(task, tokenizer, problems, protocol)
+    started = time.perf_counter()
+    phases = _phases(run, task, output, tokenizer, meter)
+    seconds = time.perf_counter() - started - meter.seconds
+    return _final(phases[-1].model, tokenizer, task, problems, protocol) | {
+        "curve": meter.curve,
+        "log": _log(phases),
+        "cost": _cost(phases, _mean_length(run, output)) | {"seconds": seconds},
+    }
+
+
+def make_model(task: Task, name: str, output: Path, steps: int | None = None) -> None:
+    """Train a model, if it is not there."""
+    with quiet(output / "logs" / "models" / f"{task.name}-{name}.log"):
+        make(task, name, output / "models", steps)
+
+
+def collect_completions(task: Task, expert: str, output: Path, number: int) -> None:
+    """Four completions of the expert for each of so many training problems, with their verdicts, in `output/data`."""
+    asked = ExpertSampling(num_completions=4, max_completion_length=task.max_completion_length)
+    with quiet(output / "logs" / "data" / f"{task.name}-{expert}.log"):
+        model, tokenizer = _load(task, expert, output)
+        source = LocalSource(model, tokenizer, expert, asked, policy_tokenizer=tokenizer, batch_size=256)
+        rows = as_dataset(splits(task)["train"][:number])
+        collect(rows, source, Verifier([task.reward]), output / "data" / task.name / f"{expert}.jsonl")
+
+
+def measure_model(task: Task, name: str, output: Path, protocol: dict) -> None:
+    """Measure a model as it is, as the end of a run is measured, into `output/results/models`, if it is not there."""
+    path = output / "results" / "models" / task.name / f"{name}.json"
+    if path.exists():
+        return
+    problems = splits(task)["heldout"][: protocol["num_problems"]]
+    with quiet(output / "logs" / "measures" / f"{task.name}-{name}.log"):
+        model, tokenizer = _load(task, name, output)
+        result = _final(model, tokenizer, task, problems, protocol)
+    _write(path, result)
+
+
+def _load(task: Task, name: str, output: Path):
+    folder = output / "models" / task.name / name
+    return AutoModelForCausalLM.from_pretrained(folder), AutoTokenizer.from_pretrained(folder)
+
+
+def _final(model, tokenizer, task: Task, problems: list[Problem], protocol: dict) -> dict:
+    found = measure(model, tokenizer, task, problems, Sampling(protocol["final_samples"], protocol["eval_seed"]))
+    return {
+        "final": found | {"greedy": greedy(model, tokenizer, task, problems)},
+        "levels": [task.level(problem) for problem in problems],
+    }
+
+
+def _write(path: Path, result: dict) -> None:
+    """All of it, or nothing."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    unfinished = path.with_suffix(".unfinished")
+    unfinished.write_text(json.dumps(result, separators=(",", ":")))
+    os.replace(unfinished, path)
+
+
+class Meter(TrainerCallback):
+    """Measures the policy on its problems every few steps, beside training: random numbers are left as they were."""
+
+    def __init__(self, task: Task, tokenizer, problems: list[Problem], protocol: dict):
+        self.task, self.tokenizer, self.problems, self.protocol = task, tokenizer, problems, protocol
+        self.curve: list[dict] = []
+        self.first_step, self.seconds = 0, 0.0
+
+    def on_train_begin(self, args, state, control, model=None, **kwargs):
+        if not self.curve:
+            self._measure(0, model)
+
+    def on_step_end(self, args, state, control, model=None, **kwargs):
+        if state.global_step % self.protocol["measure_every"] == 0:
+            self._measure(self.first_step + state.global_step, model)
+
+    def _measure(self, step: int, model) -> None:
+        started = time.perf_counter()
+        sampling = Sampling(self.protocol["curve_samples"], self.protocol["eval_seed"] + 1)
+        found = measure(model, self.tokenizer, self.task, self.problems, sampling)
+        pass_at_1 = sum(found["num_correct"]) / (found["num_samples"] * len(self.problems))
+        shown = {name: found[name] for name in ("entropy", "length", "filler", "shortest")}
+        self.curve.append({"step": step, "pass@1": pass_at_1, **shown})
+        self.seconds += time.perf_counter() - started
+
+
+def _phases(run: Run, task: Task, output: Path, tokenizer, meter: Meter) -> list:
+    """The trainers of the run, after training, in their order."""
+    settings = dict(run.settings)
+    method, expert = settings.pop("method", "grpo"), settings.pop("expert", "expert")
+    hint_steps = settings.pop("hint_steps", None)
+    sft_steps = round(settings.pop("sft_share", 0) * run.training["max_steps"])
+    shared = {
+        **run.training,
+        "learning_rate": run.learning_rate,
+        "seed": run.seed,
+        "output_dir": str(output / "trainer" / run.name),
+    }
+    shared["max_steps"] = settings.pop("max_steps", shared["max_steps"])
+    model = str(output / "models" / run.task / run.base)
+    rows = _rows(run, output)
+    if settings.pop("only_right", False):
+        rows = rows.map(lambda row: {"expert_completions": _right(row)}, load_from_cache_file=False)
+    if method == "sft":
+        return [_sft(model, tokenizer, rows, shared, meter)]
+    if method == "sft_then_grpo":
+        first = _sft(model, tokenizer, rows, {**shared, "max_steps": sft_steps}, meter)
+        meter.first_step = sft_steps
+        shared["max_steps"] -= sft_steps
+        return [first, _grpo(first.model, None, tokenizer, task, rows, shared, meter)]
+    if method == "hints":
+        rows = _hinted(rows, shared, hint_steps, run.seed)
+        return [_grpo(model, None, tokenizer, task, rows, shared | {"shuffle_dataset": False}, meter)]
+    config = SelectiveGuidanceGRPOConfig(**shared | settings)
+    guide = str(output / "models" / run.task / expert) if config.num_guided_generations else None
+    return [_grpo(model, guide, tokenizer, task, rows, shared | settings, meter)]
+
+
+def _rows(run: Run, output: Path) -> datasets.Dataset:
+    """The training problems with completions of the run's expert."""
+    path = output / "data" / run.task / f"{run.settings.get('expert', 'expert')}.jsonl"
+    return datasets.Dataset.from_list([json.loads(line) for line in path.open()][: run.num_train])
+
+
+def _right(row: dict) -> list[str]:
+    """The expert's right answers to a problem."""
+    answers = zip(row["expert_completions"], row["expert_rewards"], strict=True)
+    return [answer for answer, reward in answers if reward > 0.5]
+
+
+def _grpo(model, expert: str | None, tokenizer, task: Task, rows, settings: dict, meter: Meter):
+    trainer = SelectiveGuidanceGRPOTrainer(
+        model=model,
+        expert_model=expert,
+        reward_funcs=task.reward,
+        args=SelectiveGuidanceGRPOConfig(**settings, max_completion_length=task.max_completion_length),
+        train_dataset=rows,
+        processing_class=tokenizer,
+        callbacks=[meter],
+    )
+    trainer.train()
+    return trainer
+
+
+def _sft(model: str, tokenizer, rows: datasets.Dataset, settings: dict, meter: Meter) -> SFTTrainer:
+    """Supervised training on the expert's right answers; as many of them in an update as there are rollouts in one of GRPO."""
+    names = SFTConfig.__dataclass_fields__
+    answers = [{"prompt": row["prompt"], "completion": f" {answer}"} for row in rows for answer in _right(row)]
+    trainer = SFTTrainer(
+        model=model,
+        args=SFTConfig(**{name: value for name, value in settings.items() if name in names}, max_length=None),
+        train_dataset=datasets.Dataset.from_list(answers),
+        processing_class=tokenizer,
+        callbacks=[meter],
+    )
+    trainer.train()
+    return trainer
+
+
+def _hinted(rows: datasets.Dataset, settings: dict, hint_steps: int, seed: int) -> datasets.Dataset:
+    """
+    The prompts of all updates, in their order. With a probability that falls as alpha does, a prompt goes on with the first half of a
+    right answer of the expert, for all rollouts of its group.
+    """
+    rng, coef = random.Random(seed), cosine(1.0, 0.0, hint_steps)
+    per_step = settings["per_device_train_batch_size"] // settings["num_generations"]
+    prompts: list[str] = []
+    order: list[dict] = []
+    while len(prompts) < settings["max_steps"] * per_step:
+        order = order or rng.sample(list(rows), len(rows))
+        row = order.pop()
+        right, hint = _right(row), ""
+        if right and rng.random() < coef(len(prompts) // per_step):
+            words = rng.choice(right).split()
+            states = [index for index, word in enumerate(words) if word.isdigit()]
+            hint = " " + " ".join(words[: states[len(states) // 2 - 1] + 1])
+        prompts.append(row["prompt"] + hint)
+    return datasets.Dataset.from_dict({"prompt": prompts})
+
+
+def _log(phases: list) -> dict[str, list]:
+    """What was logged at each step, by metric; only what was."""
+    entries = [entry for trainer in phases for entry in trainer.state.log_history if "train_runtime" not in entry]
+    columns = {name: [entry.get(name) for entry in entries] for name in LOGGED}
+    return {
+        name: [None if value is None else float(f"{value:.4g}") for value in values]
+        for name, values in columns.items()
+        if any(value is not None for value in values)
+    }
+
+
+def _mean_length(run: Run, output: Path) -> float:
+    """Mean number of tokens of the expert's right answers, the end token included."""
+    lengths = [len(answer.split()) + 1 for row in _rows(run, output) for answer in _right(row)]
+    return sum(lengths) / len(lengths)
+
+
+def _cost(phases: list, sft_length: float) -> dict[str, float]:
+    """Tokens that models were run on, prompts not counted: `policy` and `expert` for sampling, `trained` in the loss."""
+    cost = {"policy": 0.0, "expert": 0.0, "trained": 0.0}
+    for trainer in phases:
+        rows = trainer.args.per_device_train_batch_size
+        if isinstance(trainer, SFTTrainer):
+            cost["trained"] += rows * trainer.state.global_step * sft_length
+            continue
+        guided_rows = rows * getattr(trainer, "num_guided_generations", 0) // trainer.num_generations
+        for entry in trainer.state.log_history:
+            if "completions/mean_length" not in entry:
+                continue
+            length, guided = entry["completions/mean_length"], entry.get("guidance/completions/mean_length")
+            guided_tokens = guided_rows * guided if guided else 0.0
+            on_policy = (rows - (guided_rows if guided else 0)) * length
+            cost["policy"] += on_policy + guided_tokens * entry.get("guidance/policy_forwards_per_token", 1.0)
+            cost["expert"] += guided_tokens * entry.get("guidance/expert_forwards_per_token", 0.0)
+            cost["trained"] += on_policy + guided_tokens
+    return cost

@@ -1,0 +1,223 @@
+"""The study: its tasks, its settings, its intervals, all its methods in small, and the results that are shipped."""
+
+import csv
+import json
+import random
+import subprocess
+import sys
+from dataclasses import asdict
+from pathlib import Path
+
+import numpy as np
+import pytest
+import yaml
+
+from tests.training import QUICKSTART
+from trl_selective import SelectiveGuidanceGRPOConfig
+
+sys.path.insert(0, str(QUICKSTART.parent / "study"))
+
+from intervals import Arm, bootstrap, distinct, success  # isort: skip
+from models import RECIPES  # isort: skip
+from report import report  # isort: skip
+from run import Study, best_rates, done, parser  # isort: skip
+from tasks import GRID, SUMS, TASKS, SumsProblem, corpus_example, expert_example, splits, wrong_example  # isort: skip
+from training import OWN_SETTINGS  # isort: skip
+
+STUDY = QUICKSTART.parent / "study"
+SETTINGS = yaml.safe_load((STUDY / "study.yaml").read_text())
+PROMPT = "3 7 8 3 > 32 :"
+
+
+def study(*arguments: str) -> Study:
+    return Study(SETTINGS, parser().parse_args(arguments))
+
+
+@pytest.mark.parametrize(
+    ("prompt", "completion", "expected"),
+    [
+        (PROMPT, "+8 11 +7 18 +7 25 +7 32", (11, 18, 25, 32)),
+        (PROMPT, "~ +7 10 +7 17 ~ +7 24 +8 32 ~", (10, 17, 24, 32)),  # another order, and fillers
+        (f"{PROMPT} +8 11 ~ +7 18", "+7 25 +7 32", (11, 18, 25, 32)),  # a prompt with the beginning of an answer
+        (PROMPT, "+8 11 +7 18 +7 25", None),  # not there yet
+        (PROMPT, "+8 11 +7 18 +7 25 +7 33", None),  # wrong arithmetic
+        (PROMPT, "+9 12 +8 20", None),  # a number that is not there
+        (PROMPT, "-7 -4 +8 4", None),  # below 0
+        (PROMPT, "+8 11 +7", None),
+        (PROMPT, "", None),
+    ],
+)
+def test_sums_are_verified_move_by_move(prompt, completion, expected):
+    assert SUMS.solution(prompt, completion) == expected
+    assert SUMS.reward([prompt], [completion]) == [float(expected is not None)]
+
+
+def test_the_grid_is_the_quickstarts():
+    from task import solution
+
+    rng = random.Random(0)
+    for _ in range(100):
+        problem = GRID.random_problem(rng)
+        prompt, answer = problem.prompt, expert_example(GRID, rng)[1]
+        assert GRID.parse(prompt) == (problem, "")
+        assert GRID.solution(prompt, answer) == solution(problem, answer)
+
+
+@pytest.mark.parametrize("task", TASKS.values(), ids=TASKS)
+def test_what_models_learn_from(task):
+    rng = random.Random(1)
+    experts = [expert_example(task, rng) for _ in range(300)]
+    assert all(task.reward(*zip(*experts, strict=True)))
+    assert all(len(answer.split()) < task.max_completion_length for _, answer in experts)
+    assert set(" ".join(f"{p} {a}" for p, a in experts).split()) <= set(task.words)
+    assert not any(task.reward(*zip(*(wrong_example(task, rng) for _ in range(300)), strict=True)))
+    solved = [example for example in (corpus_example(task, rng, 1.0) for _ in range(300)) if task.solution(*example)]
+    assert len(solved) == 300
+    assert {task.level(task.parse(prompt)[0]) for prompt, _ in solved} == {"near"}  # far goals are a gap
+
+
+@pytest.mark.parametrize("task", TASKS.values(), ids=TASKS)
+def test_problems_are_disjoint_and_of_both_levels(task):
+    parts = splits(task)
+    everything = [problem for problems in parts.values() for problem in problems]
+    assert len(everything) == len(set(everything)) == 1024 + 128 + 128
+    assert {task.level(problem) for problem in parts["heldout"]} == {"near", "far"}
+
+
+def test_a_sums_problem_stays_in_its_range():
+    assert dict(SumsProblem((3, 7, 8), 3, 32).neighbours(3)) == {"+3": 6, "-3": 0, "+7": 10, "+8": 11}
+
+
+def test_settings_are_of_arms_models_and_fields_that_exist():
+    arms = {arm: changes for group in SETTINGS["arms"].values() for arm, changes in group.items()}
+    for arm, changes in arms.items():
+        fields = {name: value for name, value in changes.items() if name not in OWN_SETTINGS}
+        SelectiveGuidanceGRPOConfig(**SETTINGS["training"] | fields, output_dir="unused")
+        assert changes.get("expert", "expert") in RECIPES, arm
+    for place in SETTINGS["comparisons"].values():
+        assert place["arms"] == "all" or set(place["arms"]) <= set(arms)
+        assert place["base"] in RECIPES
+        assert place["task"] in TASKS
+    assert set(SETTINGS["arms"]) - {"main"} <= set(SETTINGS["arms"]["main"])  # whose learning rate variants have
+
+
+def test_all_main_arms_are_searched_alike_and_variants_inherit():
+    everything = study()
+    searched = {}
+    for run in everything.searches():
+        searched.setdefault((run.comparison, run.arm), set()).add((run.learning_rate, run.seed))
+        assert run.split == "validation"
+    assert len(set(map(frozenset, searched.values()))) == 1
+    assert {arm for place, arm in searched if place == "grid"} == set(SETTINGS["arms"]["main"])
+    rates = {place: 1.0 + index for index, place in enumerate(searched)}
+    given = {(run.comparison, run.arm): run.learning_rate for run in everything.runs(rates)}
+    assert given["grid", "weak_expert"] == given["grid", "mentor"] == given["grid-easier", "mentor"]
+    assert given["grid", "grpo"] == given["grid", "grpo_matched"] != given["grid", "mentor"]
+
+
+def test_the_shipped_results_are_whole_and_of_these_settings():
+    """Every arm and seed of the study is there, nothing else is, and the tables are made of them."""
+    everything, results = study(), STUDY / "results"
+    searches = everything.searches()
+    runs = everything.runs(best_rates(everything, STUDY))
+    assert all(done(run, STUDY) for run in [*searches, *runs])
+    shipped = {path.relative_to(results) for kind in ("runs", "search") for path in results.glob(f"{kind}/**/*.json")}
+    assert shipped == {Path(f"{run.name}.json") for run in [*searches, *runs]}
+
+
+def test_the_shipped_tables_are_those_of_the_results(tmp_path):
+    for kind in ("runs", "models"):
+        (tmp_path / kind).symlink_to(STUDY / "results" / kind)
+    text = report(tmp_path)
+    for path in sorted(tmp_path.glob("*.md")) + sorted(tmp_path.glob("*.csv")):
+        assert path.read_text() == (STUDY / "results" / path.name).read_text()
+    readme = (STUDY.parents[1] / "README.md").read_text()
+    quoted = [line for line in readme.split("<!-- study -->")[1].splitlines() if line.startswith("| ")]
+    assert len(quoted) > 10
+    assert set(quoted) <= set(text.splitlines())
+
+
+def test_unknown_arms_are_refused():
+    with pytest.raises(SystemExit, match=r"no \['mentro'\], only \['grpo', "):
+        study("--arms", "mentro")
+
+
+def test_an_interval_covers_the_truth():
+    """200 studies of 8 seeds x 60 problems whose true mean is 0.5, seeds and problems varying by 0.1 and 0.2."""
+    rng = np.random.default_rng(0)
+    hits = 0
+    for _ in range(200):
+        values = 0.5 + 0.1 * rng.normal(size=(8, 1)) + 0.2 * rng.normal(size=(1, 60))
+        estimate = bootstrap(values)
+        assert estimate.mean == pytest.approx(values.mean())
+        hits += estimate.low <= 0.5 <= estimate.high
+    assert 0.85 < hits / 200 < 0.98
+
+
+def test_intervals_of_special_cases():
+    assert asdict(bootstrap(np.full((3, 4), 0.25))) == {"mean": 0.25, "low": 0.25, "high": 0.25}
+    values = np.array([[0.0, np.nan, 1.0], [0.0, np.nan, 1.0]])  # a problem of another level does not count
+    assert bootstrap(values).mean == 0.5
+    assert np.isnan(bootstrap(np.full((2, 2), np.nan)).mean)
+
+
+def test_differences_are_paired_by_seed_and_problem():
+    def run(*num_correct):
+        return {
+            "levels": ["near", "far"],
+            "final": {"num_samples": 4, "num_correct": num_correct, "distinct_correct": [1, 0]},
+        }
+
+    grpo = Arm("grpo", {0: run(0, 2), 1: run(1, 3)})
+    other = Arm("other", {0: run(1, 3), 1: run(2, 4), 2: run(0, 0)})
+    assert asdict(other.minus(grpo, success(1))) == {
+        "mean": 0.25,
+        "low": 0.25,
+        "high": 0.25,
+    }  # a quarter more, everywhere
+    assert grpo.estimate(success(1, "far")).mean == pytest.approx((2 / 4 + 3 / 4) / 2)
+    # pass@2 of 1, 2, 3 right of 4: 1 - C(3,2)/C(4,2) = 1/2, 1 - 1/6 = 5/6, 1.
+    assert grpo.estimate(success(2)).mean == pytest.approx((0 + 5 / 6 + 1 / 2 + 1) / 4)
+    assert grpo.estimate(distinct).mean == 0.5
+
+
+def run_study(output: Path, *arguments: str) -> subprocess.CompletedProcess:
+    command = [sys.executable, STUDY / "run.py", "--quick", "--workers", "1", "--output_dir", output, *arguments]
+    return subprocess.run(command, capture_output=True, text=True, timeout=280)
+
+
+def test_the_whole_study_in_small_resumes_and_repeats(tmp_path):
+    """Every method trains. A run that is removed is made again, with the same numbers; the others are left alone."""
+    arms = ("--arms", "grpo", "sft_then_grpo", "hints", "luffy", "mentor")
+    done = run_study(tmp_path, *arms)
+    assert done.returncode == 0, done.stderr
+    results = tmp_path / "quick" / "results"
+    runs = sorted(results.glob("runs/grid/*.json"))
+    assert [path.stem for path in runs] == ["grpo-0", "hints-0", "luffy-0", "mentor-0", "sft_then_grpo-0"]
+    for path in runs:
+        run = json.loads(path.read_text())
+        assert [point["step"] for point in run["curve"]] == [0, 2, 4]
+        assert (run["cost"]["expert"] > 0) == (run["arm"] == "mentor")
+        assert run["cost"]["trained"] > 0
+    names = {path.name for path in results.iterdir()}
+    assert {"grid.csv", "grid.md", "grid-curves.png", "grid-pass_at_k.png", "grid-habits.png"} <= names
+    with (results / "grid.csv").open() as file:
+        assert {row["arm"] for row in csv.DictReader(file)} == {"start", "expert", *(path.stem[:-2] for path in runs)}
+    assert "| mentor | 1 |" in done.stdout
+
+    mentor = results / "runs/grid/mentor-0.json"
+    before, others = json.loads(mentor.read_text()), {path: path.stat().st_mtime_ns for path in runs if path != mentor}
+    mentor.unlink()
+    again = run_study(tmp_path, *arms)
+    assert again.returncode == 0, again.stderr
+    after = json.loads(mentor.read_text())
+    for result in (before, after):
+        del result["cost"]["seconds"]
+    assert after == before
+    assert {path: path.stat().st_mtime_ns for path in others} == others
+
+    changed = json.loads(mentor.read_text())
+    mentor.write_text(json.dumps(changed | {"learning_rate": 0.5}))
+    refused = run_study(tmp_path, *arms)
+    assert refused.returncode == 1
+    assert "mentor-0.json was made with other learning_rate than" in refused.stderr
