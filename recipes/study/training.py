@@ -176,8 +176,9 @@ class Meter(TrainerCallback):
             self._measure(0, model)
 
     def on_step_end(self, args, state, control, model=None, **kwargs):
-        if state.global_step % self.protocol["measure_every"] == 0:
-            self._measure(self.first_step + state.global_step, model)
+        step = self.first_step + state.global_step
+        if step % self.protocol["measure_every"] == 0:
+            self._measure(step, model)
 
     def _measure(self, step: int, model) -> None:
         started = time.perf_counter()

