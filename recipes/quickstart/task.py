@@ -68,11 +68,13 @@ def random_problem(rng: random.Random) -> Problem:
             return problem
 
 
-def problems(num_problems: int, seed: int, exclude: frozenset[Problem] = frozenset()) -> list[Problem]:
-    """`num_problems` distinct problems, none of them in `exclude`; the same for the same seed."""
+def problems(
+    num_problems: int, seed: int, exclude: frozenset[Problem] = frozenset(), draw=random_problem
+) -> list[Problem]:
+    """`num_problems` distinct problems of `draw`, none of them in `exclude`; the same for the same seed."""
     rng, found = random.Random(seed), {}
     while len(found) < num_problems:
-        problem = random_problem(rng)
+        problem = draw(rng)
         if problem not in exclude:
             found[problem] = None
     return list(found)
@@ -91,8 +93,8 @@ def solution(problem: Problem, completion: str) -> tuple[int, ...] | None:
     if len(words) % 2:
         return None
     for move, announced in zip(words[::2], words[1::2], strict=True):
-        to = step(cell, move) if move in MOVES else None
-        if to is None or to in problem.walls or announced != str(to):
+        to = dict(problem.neighbours(cell)).get(move)
+        if to is None or announced != str(to):
             return None
         cell = to
         visited.append(cell)

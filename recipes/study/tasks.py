@@ -66,13 +66,7 @@ class Task:
 
     def problems(self, number: int, seed: int, exclude: frozenset = frozenset()) -> list[Problem]:
         """`number` distinct problems, none of them in `exclude`; the same for the same seed."""
-        rng = random.Random(seed)
-        found: dict[Problem, None] = {}
-        while len(found) < number:
-            problem = self.random_problem(rng)
-            if problem not in exclude:
-                found[problem] = None
-        return list(found)
+        return quickstart.problems(number, seed, exclude, draw=self.random_problem)
 
     def parse(self, prompt: str) -> tuple[Problem, str]:
         """The problem of a prompt, and what stands behind it: the beginning of an answer, where the prompt has one."""
@@ -87,17 +81,7 @@ class Task:
     def solution(self, prompt: str, completion: str) -> tuple[int, ...] | None:
         """The states that an answer visits if it is right, else None. Fillers are ignored."""
         problem, beginning = self.parse(prompt)
-        words = [word for word in f"{beginning} {completion}".split() if word != FILLER]
-        state, visited = problem.start, []
-        if len(words) % 2:
-            return None
-        for move, announced in zip(words[::2], words[1::2], strict=True):
-            to = dict(problem.neighbours(state)).get(move)
-            if to is None or announced != str(to):
-                return None
-            state = to
-            visited.append(state)
-        return tuple(visited) if state == problem.goal and visited else None
+        return quickstart.solution(problem, f"{beginning} {completion}")
 
     def reward(self, prompts, completions, **kwargs) -> list[float]:
         """1 for a right answer, 0 for a wrong one: a reward function as TRL calls it."""
