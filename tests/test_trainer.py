@@ -527,7 +527,16 @@ def test_the_policy_cannot_guide_itself(tmp_path):
         make_trainer(tmp_path, model=adapted, expert_model=model)
 
 
-@pytest.mark.parametrize("setting", [{"suppress_tokens": [3]}, {"min_p": 0.1}, {"typical_p": 0.5}])
+@pytest.mark.parametrize(
+    "setting",
+    [
+        {"suppress_tokens": [3]},
+        {"min_p": 0.1},
+        {"typical_p": 0.5},
+        {"max_time": 9.0},
+        {"encoder_no_repeat_ngram_size": 2},
+    ],
+)
 def test_a_generation_config_that_bends_the_policy_is_refused(tmp_path, setting):
     """On-policy rollouts would follow it, guided ones would not."""
     model = AutoModelForCausalLM.from_pretrained(POLICY)

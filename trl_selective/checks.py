@@ -11,6 +11,7 @@ from transformers import GenerationConfig
 NEUTRAL: dict[str, Any] = {
     "bad_words_ids": None,
     "begin_suppress_tokens": None,
+    "encoder_no_repeat_ngram_size": 0,
     "encoder_repetition_penalty": 1.0,
     "epsilon_cutoff": 0.0,
     "eta_cutoff": 0.0,
@@ -18,6 +19,7 @@ NEUTRAL: dict[str, Any] = {
     "forced_bos_token_id": None,
     "forced_eos_token_id": None,
     "guidance_scale": 1.0,
+    "max_time": None,
     "min_length": 0,
     "min_new_tokens": 0,
     "min_p": 0.0,

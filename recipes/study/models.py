@@ -13,7 +13,8 @@ On `grid`, expert and unlearned base are the ones that the quickstart ships.
 """
 
 import shutil
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -21,7 +22,7 @@ from pathlib import Path
 import torch
 from make_models import fine_tune, make_model, make_tokenizer
 from tasks import Task, aimless_example, corpus_example, expert_example, wrong_example
-from transformers import AutoModelForCausalLM, PreTrainedTokenizerBase
+from transformers import AutoModelForCausalLM
 
 QUICKSTART = Path(__file__).parent.parent / "quickstart"
 SHIPPED = {("grid", "expert"): QUICKSTART / "expert", ("grid", "unlearned"): QUICKSTART / "policy"}
@@ -54,7 +55,8 @@ def make(task: Task, name: str, folder: Path, steps: int | None = None) -> Path:
     if (path / "config.json").exists():
         return path
     if (task.name, name) in SHIPPED:
-        shutil.copytree(SHIPPED[task.name, name], path)
+        with whole(path) as unfinished:
+            shutil.copytree(SHIPPED[task.name, name], unfinished)
         return path
     recipe = RECIPES[name]
     torch.manual_seed(recipe.seed)
@@ -71,13 +73,16 @@ def make(task: Task, name: str, folder: Path, steps: int | None = None) -> Path:
         seed=100 + recipe.seed,
         description=f"{task.name}: {name}",
     )
-    save(model, tokenizer, path)
+    with whole(path) as unfinished:
+        model.save_pretrained(unfinished)
+        tokenizer.save_pretrained(unfinished)
     return path
 
 
-def save(model, tokenizer: PreTrainedTokenizerBase, path: Path) -> None:
-    """All of a model, or nothing: an interrupted run leaves no half of one."""
+@contextmanager
+def whole(path: Path) -> Iterator[Path]:
+    """A folder to fill, which becomes `path` when it is full: an interrupted run leaves no half of a model."""
     unfinished = path.with_name(f"{path.name}.unfinished")
-    model.save_pretrained(unfinished)
-    tokenizer.save_pretrained(unfinished)
+    shutil.rmtree(unfinished, ignore_errors=True)
+    yield unfinished
     unfinished.rename(path)

@@ -65,7 +65,7 @@ def _caption(arms: dict[str, Arm]) -> str:
     seeds = sorted({len(arm.runs) for arm in arms.values()})
     final = next(iter(next(iter(arms.values())).runs.values()))["final"]
     return (
-        f"{' to '.join(map(str, seeds))} seeds per arm, {len(final['num_correct'])} held-out problems, {final['num_samples']} answers to each; means "
+        f"{' to '.join(map(str, seeds))} seed{'s' * (seeds != [1])} per arm, {len(final['num_correct'])} held-out problems, {final['num_samples']} answers to each; means "
         "with 95 % intervals over seeds and problems."
     )
 

@@ -3,6 +3,7 @@
 import csv
 import json
 import random
+import shutil
 import subprocess
 import sys
 from dataclasses import asdict
@@ -18,7 +19,7 @@ from trl_selective import SelectiveGuidanceGRPOConfig
 sys.path.insert(0, str(QUICKSTART.parent / "study"))
 
 from intervals import Arm, bootstrap, distinct, success  # isort: skip
-from models import RECIPES  # isort: skip
+from models import RECIPES, make  # isort: skip
 from report import report  # isort: skip
 from run import Study, best_rates, done, parser  # isort: skip
 from tasks import GRID, SUMS, TASKS, SumsProblem, corpus_example, expert_example, splits, wrong_example  # isort: skip
@@ -135,6 +136,20 @@ def test_the_shipped_tables_are_those_of_the_results(tmp_path):
     quoted = [line for line in readme.split("<!-- study -->")[1].splitlines() if line.startswith("| ")]
     assert len(quoted) > 10
     assert set(quoted) <= set(text.splitlines())
+
+
+def test_an_interrupted_copy_of_a_model_is_made_anew(tmp_path, monkeypatch):
+    def interrupted(source, target):
+        target.mkdir(parents=True)
+        shutil.copy(source / "config.json", target)
+        raise KeyboardInterrupt
+
+    with monkeypatch.context() as patch:
+        patch.setattr(shutil, "copytree", interrupted)
+        with pytest.raises(KeyboardInterrupt):
+            make(GRID, "expert", tmp_path)
+    copied = {path.name for path in make(GRID, "expert", tmp_path).iterdir()}
+    assert copied == {path.name for path in (QUICKSTART / "expert").iterdir()}
 
 
 def test_unknown_arms_are_refused():
