@@ -113,6 +113,12 @@ def test_padding_further_changes_no_weight():
         assert torch.equal(wide, tight)
 
 
+def test_a_row_that_an_expert_completion_replaced_may_be_longer_than_all_that_stay():
+    batch = make_batch(num_rows=4, rollout=record([[math.log(2)] * 5, [math.log(2)]]))
+    weights = batch.importance_weights(2, "token_truncate", math.inf)
+    torch.testing.assert_close(weights[[0, 1, 3]], torch.tensor([[1.0, 1.0], [1.0, 1.0], [2.0, 1.0]]))
+
+
 def test_each_process_finds_its_own_injected_rows():
     rows = [3, 7, 8, None, 21]
     choices = [Choice(0, ExpertCompletion((2, 1)), "first", float(row or 0), row=row) for row in rows]

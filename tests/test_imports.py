@@ -26,6 +26,8 @@ PARTS = [
     "guided_batch",
     "threshold",
     "state",
+    "checkpoints",
+    "trl_versions",
     "presets",
     "config",
     "checks",

@@ -213,6 +213,27 @@ def test_luffy_puts_one_completion_into_each_group_and_its_baseline(tmp_path):
         torch.testing.assert_close(output["advantages"].view(4, 4), rewards - rewards.mean(1, keepdim=True))
 
 
+def test_the_longest_row_of_a_batch_may_be_a_guided_one_that_was_replaced(tmp_path):
+    """Its tokens have importance weights, but no column of the batch."""
+    trainer = trained(
+        tmp_path,
+        max_steps=4,
+        num_guided_generations=1,
+        entropy_threshold_init=1.0,
+        guided_sampler="stepwise",
+        guidance_weight_max=0.9,
+        guided_importance_correction="token_truncate",
+        injection_trigger="always",
+        injection_selector="first",
+        train_dataset=expert_dataset(64),
+    )
+    lengths = [
+        (max(len(row) for row in batch.rollout.completion_ids), output["completion_ids"].size(1))
+        for batch, output in zip(trainer.batches, trainer.outputs, strict=True)
+    ]
+    assert any(guided > seq for guided, seq in lengths)
+
+
 def test_both_sources_in_one_group(tmp_path):
     """Of 8 rows 3 are guided and up to 1 is injected. A guided row that was replaced is no guided row any more."""
     trainer = trained(tmp_path, num_generations=8, num_guided_generations=3, entropy_threshold_init=1.0, injection_trigger="always",

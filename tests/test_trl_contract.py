@@ -19,6 +19,7 @@ HOOKS = {
     "_compute_loss": ("self", "model", "inputs"),
     "_log_completion_extra": ("self", "column", "values"),
     "_save_optimizer_and_scheduler": ("self", "output_dir"),
+    "_save_rng_state": ("self", "output_dir"),
     "_load_optimizer_and_scheduler": ("self", "checkpoint"),
 }
 

@@ -84,9 +84,10 @@ class GuidedBatch:
         return {choice.row - first: choice for choice in choices if first <= choice.row < first + self.num_rows}
 
     def importance_weights(self, seq: int, correction: str, max_ratio: float) -> Float[Tensor, "rows #{seq}"]:
-        """Weights under `correction` of all rows, one per token of `seq` or one per row; 1 for what is not guided."""
+        """Weights under `correction` of all rows, one per token of `seq` or one per row; 1 for what is not guided. A guided row may be longer
+        than `seq` where an expert completion has taken its place."""
         log_ratio, mask = torch.zeros(self.num_rows, seq), torch.zeros(self.num_rows, seq, dtype=torch.bool)
         for row, ratios in zip(self.guided_rows, self.rollout.log_ratios(), strict=True):
-            log_ratio[row, : len(ratios)] = ratios
+            log_ratio[row, : len(ratios)] = ratios[:seq]
             mask[row, : len(ratios)] = True
         return guided_importance_weight(log_ratio, mask, correction, max_ratio)

@@ -15,6 +15,7 @@ from functools import partial
 from pathlib import Path
 
 import torch
+import trl
 from accelerate.utils import gather_object
 from datasets import Dataset
 from torch.nn.utils.rnn import pad_sequence
@@ -23,6 +24,7 @@ from trl import GRPOConfig, GRPOTrainer
 from trl.chat_template_utils import parse_response
 from trl.models.utils import unwrap_model_for_generation
 
+from trl_selective.checkpoints import checkpoint_to_resume
 from trl_selective.checks import check_arguments, check_columns, check_expert_argument, check_generation_config
 from trl_selective.config import GUIDANCE_FIELDS, TRUNCATED, SelectiveGuidanceGRPOConfig
 from trl_selective.experts import (
@@ -52,6 +54,9 @@ from trl_selective.sampling import make_sampler
 from trl_selective.selection import Selector, Trigger, make_selector, make_trigger
 from trl_selective.state import STATE_FILE, saved_state, write_state
 from trl_selective.threshold import EntropyThreshold
+from trl_selective.trl_versions import warn_of_newer_trl
+
+warn_of_newer_trl(trl.__version__)
 
 NUM_PROBED = 4  # injected rows of each process whose log-probability is looked at again after the update
 
@@ -735,6 +740,17 @@ class SelectiveGuidanceGRPOTrainer(GRPOTrainer):
         return metrics
 
     # ---- Checkpoints -------------------------------------------------------------------------------------------------------------------
+
+    def train(self, resume_from_checkpoint: str | bool | None = None, *args, **kwargs):
+        """As [`~transformers.Trainer.train`], but `resume_from_checkpoint=True` goes on from the last checkpoint that was written to its
+        end, and one that was not is refused."""
+        resume_from_checkpoint = checkpoint_to_resume(resume_from_checkpoint, self.args.output_dir)
+        return super().train(resume_from_checkpoint, *args, **kwargs)
+
+    def _save_rng_state(self, output_dir):
+        super()._save_rng_state(output_dir)
+        # `trainer_state.json`, which the main process writes next, says that the checkpoint is whole: that of all processes.
+        self.accelerator.wait_for_everyone()
 
     def _save_optimizer_and_scheduler(self, output_dir):
         super()._save_optimizer_and_scheduler(output_dir)
