@@ -15,6 +15,7 @@ import torch
 from task import path_reward
 from transformers.trainer_callback import TrainerState
 
+from tests.processes import leave
 from tests.training import expert_dataset, make_trainer
 
 MOMENTS = ("generation", "reward", "backward", "weights", "checkpoint", "state")
@@ -69,7 +70,7 @@ def main() -> None:
     elif MOMENT == "state":
         TrainerState.save_to_json = partialmethod(Deadly(TrainerState.save_to_json, half_of_a_state))
     trainer.train(resume_from_checkpoint=any(name.startswith("checkpoint-") for name in os.listdir(FOLDER)))
-    trainer.accelerator.end_training()
+    leave()
 
 
 if __name__ == "__main__":

@@ -1,10 +1,20 @@
-"""Several processes, simulated by threads that wait for one another."""
+"""Several processes, simulated by threads that wait for one another; and the end of a real one."""
 
+import os
+import sys
 import threading
 from collections.abc import Callable
-from typing import Any
+from typing import Any, NoReturn
 
 import torch
+
+
+def leave() -> NoReturn:
+    """End this process here and now. While Python shuts down, a thread of gloo that drops the last tensor of a collective operation waits for
+    the interpreter in vain and aborts (in 1 of 20 runs, also after `destroy_process_group`), which the launcher takes for a failure."""
+    sys.stdout.flush()
+    sys.stderr.flush()
+    os._exit(0)
 
 
 class Processes:

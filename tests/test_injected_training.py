@@ -850,6 +850,7 @@ def test_other_selectors_than_those_of_the_checkpoint_are_named(tmp_path):
 PROCESSES = """
 import json, sys, torch
 from datasets import Dataset
+from tests.processes import leave
 from tests.test_injected_training import Watched, build, logged
 from tests.training import expert_dataset
 # Greedy rollouts, so that they do not depend on who draws them.
@@ -866,7 +867,9 @@ record = {"logs": {name: logged(trainer, name) for name in names}, "state": trai
           "weights": trainer.accelerator.unwrap_model(trainer.model).lm_head.weight.tolist(),
           "injected": [[(c.row, c.completion.token_ids) for c in batch.injection.injected] for batch in trainer.batches],
           "lengths": [len(batch.rows) for batch in trainer.batches]}
-json.dump(record, open(f"{sys.argv[1]}/rank{trainer.accelerator.process_index}.json", "w"))
+with open(f"{sys.argv[1]}/rank{trainer.accelerator.process_index}.json", "w") as file:
+    json.dump(record, file)
+leave()
 """
 
 

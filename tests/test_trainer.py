@@ -614,6 +614,7 @@ def test_a_distribution_that_is_not_finite_stops_training(tmp_path):
 
 TWO_PROCESSES = """
 import json, sys
+from tests.processes import leave
 from tests.test_trainer import Watched, expected_advantages
 from tests.training import length_reward, make_trainer
 trainer = make_trainer(sys.argv[1], trainer_class=Watched, max_steps=3, per_device_train_batch_size=8, entropy_threshold_init=None,
@@ -628,7 +629,9 @@ record = {
     "own_rewards": trainer.batches[-1].rewards_per_func[:, 0].tolist(),
     "logged": list(trainer._logs["advantages"]),
 }
-json.dump(record, open(f"{sys.argv[1]}/rank{trainer.accelerator.process_index}.json", "w"))
+with open(f"{sys.argv[1]}/rank{trainer.accelerator.process_index}.json", "w") as file:
+    json.dump(record, file)
+leave()
 """
 
 
