@@ -118,8 +118,8 @@ def training_sections(run: TrainingRun, folder: Path) -> str:
     parts += ["### Training set-up", setup(args, run.steps, run.max_steps, run.rewards)]
     if figures := statistics(args, run.log_history):
         about = (
-            "Start and end are means over the first and the last tenth of the values that were logged. What is said of guided rollouts and "
-            "injected completions ends where guidance ended."
+            "Start and end are means over the first and the last tenth of the values that were logged; those of guided rollouts and of injected "
+            "completions were logged as long as there were any."
         )
         parts += ["### What guidance did", figures, about]
     if (folder / PICTURE).exists():
@@ -151,7 +151,7 @@ def sources(run: TrainingRun) -> str:
         f"{name} is [arXiv:{paper['id']}](https://huggingface.co/papers/{paper['id']})"
         for name, paper in cited_papers(run.args).items()
     )
-    return f"`R` is the reward of a rollout, `R_range` the span of rewards. {papers}."
+    return f"`R` is the reward of a rollout, `R_range` the span of rewards. {papers}. The model is used without an expert."
 
 
 def citations(run: TrainingRun) -> str:
