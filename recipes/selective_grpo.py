@@ -30,6 +30,7 @@ from transformers import AutoTokenizer, PreTrainedTokenizerBase
 from trl import ModelConfig, TrlParser, get_peft_config, get_quantization_config
 
 from trl_selective import SelectiveGuidanceGRPOConfig, SelectiveGuidanceGRPOTrainer
+from trl_selective.reporting.names import hub_id
 from trl_selective.rewards import boxed_accuracy_reward, think_boxed_format_reward
 
 REWARD_FUNCS = {"boxed_accuracy": boxed_accuracy_reward, "think_boxed_format": think_boxed_format_reward}
@@ -125,15 +126,6 @@ def load_tokenizer(arguments: ScriptArguments, model: ModelConfig) -> PreTrained
     return tokenizer
 
 
-def plot(trainer: SelectiveGuidanceGRPOTrainer, path: Path) -> None:
-    try:
-        from trl_selective.reporting.plots import plot_training_dynamics
-
-        plot_training_dynamics({path.resolve().parent.name: trainer.state.log_history}, path)
-    except (ImportError, ValueError) as error:  # no matplotlib, or nothing logged: no reason to fail after training
-        print(f"No picture of the training dynamics: {error}")
-
-
 def resume_point(value: str | bool | None) -> str | bool | None:
     """A folder, or whether to look for the last checkpoint. On the command line it arrives as a word."""
     return {"true": True, "false": False}.get(str(value).lower(), value)
@@ -165,15 +157,12 @@ def main(arguments: ScriptArguments, args: SelectiveGuidanceGRPOConfig, model: M
     )
     trainer.train(resume_from_checkpoint=resume_point(args.resume_from_checkpoint))
 
-    trainer.save_model(args.output_dir)
     trainer.save_state()
-    if trainer.is_world_process_zero():
-        plot(trainer, Path(args.output_dir, "training_dynamics.png"))
-    # A card names what others can load.
-    dataset_name = None if Path(arguments.dataset_name).exists() else arguments.dataset_name
-    if args.push_to_hub:
+    dataset_name = hub_id(arguments.dataset_name)  # a card names what others can load
+    if args.push_to_hub:  # saves model, card and picture, too
         trainer.push_to_hub(dataset_name=dataset_name)
     else:
+        trainer.save_model()
         trainer.create_model_card(model_name=Path(args.output_dir).resolve().name, dataset_name=dataset_name)
     trainer.accelerator.print(f"Model, card and logs are in {args.output_dir}.")
     if hasattr(trainer, "end"):  # Transformers >= 5.18: closes trackers and the process group

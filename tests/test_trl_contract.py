@@ -2,6 +2,7 @@
 
 import inspect
 import math
+from pathlib import Path
 
 import pytest
 import torch
@@ -13,6 +14,7 @@ from tests.training import length_reward, make_plain_trainer
 from trl_selective import SelectiveGuidanceGRPOTrainer
 
 HOOKS = {
+    "create_model_card": ("self", "model_name", "dataset_name", "tags"),
     "_generate_and_score_completions": ("self", "inputs"),
     "_generate": ("self", "prompts"),
     "_calculate_rewards": ("self", "inputs", "prompts", "completions", "completion_ids_list"),
@@ -48,7 +50,7 @@ def test_every_override_exists_in_trl():
            "_sum_over_processes", "_plan_batch", "_entropy_threshold", "_guidance_coef", "_can_sample_together", "_sample_guided", "_expert_at_hand", "_inject",
            "_score_completions", "_decode", "_policy_logps", "_log_last_injected", "_behaviour_logps", "_log_columns",
            "_rewards_by_group", "_was_guided", "_apply_guidance", "_label_rows", "_bind_to_policy", "_log_batch",
-           "_rollout_metrics", "_injection_metrics"}  # fmt: skip
+           "_rollout_metrics", "_injection_metrics", "_training_run"}  # fmt: skip
     ours = {name for name, value in vars(SelectiveGuidanceGRPOTrainer).items() if inspect.isfunction(value)} - own
     assert not {name for name in ours if not hasattr(GRPOTrainer, name)}
     assert not {name for name in own if hasattr(GRPOTrainer, name)}  # and ours must not shadow one of theirs
@@ -182,3 +184,36 @@ def test_rows_lie_in_whole_groups_in_order(trainer):
     prompts = [row["prompt"] for row in rows]
     assert all(prompts[i] == prompts[i - i % trainer.num_generations] for i in range(len(prompts)))
     assert len(set(prompts)) == len(prompts) // trainer.num_generations
+
+
+def test_the_card_that_is_extended(trainer):
+    """reporting/card.py: `extend_card`, `add_evaluation` and `complete_usage` look for these lines. trainer.py: `__init__` and `_training_run` set and
+    read what names the method."""
+    assert {"title", "id", "citation"} <= set(GRPOTrainer._paper)
+    assert "grpo" in GRPOTrainer._tag_names
+    trainer._name = "ANOTHER"
+    trainer.create_model_card(model_name="plain")
+    text = Path(trainer.args.output_dir, "README.md").read_text()
+    for line in (
+        "## Training procedure",
+        "### Framework versions\n",
+        "## Citations",
+        "Cite ANOTHER as:",
+        "Cite TRL as:",
+    ):
+        assert f"\n{line}\n" in text
+    assert "a fine-tuned version of [None](https://huggingface.co/None)" in text
+    assert 'model="None"' in text
+
+
+def test_cards_come_with_checkpoints(tmp_path, monkeypatch):
+    """trainer.py: `create_model_card` is called before each checkpoint is written, with the name of the model alone."""
+    trainer = make_plain_trainer(tmp_path / "walker", GRPOTrainer, max_steps=2, save_strategy="steps", save_steps=1)
+    calls = []
+
+    def watch(*args, **kwargs):
+        calls.append((args, kwargs, len(list(tmp_path.glob("walker/checkpoint-*")))))
+
+    monkeypatch.setattr(trainer, "create_model_card", watch)
+    trainer.train()
+    assert calls == [((), {"model_name": "walker"}, 0), ((), {"model_name": "walker"}, 1)]

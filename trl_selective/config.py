@@ -305,6 +305,10 @@ class SelectiveGuidanceGRPOConfig(GRPOConfig):
             self._check_injection()
         self._warn_without_effect(explicit)
 
+    def __getstate__(self) -> dict[str, Any]:
+        """Copies and pickles carry no key: the trainer saves the arguments beside the model, and pushes that folder to the Hub."""
+        return {**self.__dict__, "hub_token": None}
+
     def _fill_unset(self) -> set[str]:
         """Fill what is None from the preset, then from the defaults. Returns the names that the user set."""
         if self.preset is not None and self.preset not in PRESETS:

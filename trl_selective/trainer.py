@@ -6,7 +6,6 @@ Nothing of TRL is copied: every override does its part before or after `super()`
 
 import copy
 import inspect
-import textwrap
 import time
 import warnings
 from collections import defaultdict
@@ -40,6 +39,8 @@ from trl_selective.functional.advantages import mixed_group_advantages, reward_s
 from trl_selective.functional.importance import injected_importance_weight
 from trl_selective.guided_batch import GuidedBatch
 from trl_selective.injection import Injection, Injector, SampledBatch
+from trl_selective.reporting.card import TrainingRun, add_evaluation, extend_card, save_training_dynamics
+from trl_selective.reporting.card_method import method
 from trl_selective.reporting.metrics import (
     importance_metrics,
     importance_ratio_p99,
@@ -103,21 +104,6 @@ class SelectiveGuidanceGRPOTrainer(GRPOTrainer):
     ```
     """
 
-    _tag_names = ["trl", "grpo", "selective-guidance"]
-    _name = "MENTOR"
-    _paper = {
-        "title": "Selective Expert Guidance for Effective and Diverse Exploration in Reinforcement Learning of LLMs",
-        "id": "2510.04140",
-        # docstyle-ignore
-        "citation": textwrap.dedent("""\
-            @article{jiang2025selective,
-                title        = {{Selective Expert Guidance for Effective and Diverse Exploration in Reinforcement Learning of LLMs}},
-                author       = {Zishang Jiang and Jinyi Han and Tingyun Li and Xinyi Wang and Sihang Jiang and Jiaqing Liang and Zhaoqian Dai and Shuguang Ma and Fei Yu and Yanghua Xiao},
-                year         = 2025,
-                eprint       = {arXiv:2510.04140},
-            }"""),
-    }
-
     def __init__(
         self,
         model: str | PreTrainedModel,
@@ -140,6 +126,9 @@ class SelectiveGuidanceGRPOTrainer(GRPOTrainer):
             expert_model = getattr(args, "expert_model_name_or_path", None)
         bound = inspect.signature(GRPOTrainer.__init__).bind(self, model, reward_funcs, args, *trl_args, **trl_kwargs)
         check_arguments(bound.arguments, self._settings_in_use())
+        if self._settings_in_use():  # what TRL's card and tags name; without guidance they are GRPO's
+            self._name, self._paper = method(args)
+            self._tag_names = [*super()._tag_names, "selective-guidance"]
         needs_expert = self._needs_expert(args, bound.arguments, expert_model)
         if not self.num_injected_completions and (injection_trigger or injection_selector):
             warnings.warn(
@@ -781,3 +770,44 @@ class SelectiveGuidanceGRPOTrainer(GRPOTrainer):
                 f"{checkpoint} {what} was written without {reason}, whose {' and '.join(fresh)} starts fresh.",
                 stacklevel=2,
             )
+
+    # ---- Model card and Hub ------------------------------------------------------------------------------------------------------------
+
+    def create_model_card(self, *args, **kwargs):
+        """TRL's card, with the picture of the training dynamics beside it; of a guided run, also what guidance was, and what it did.
+        TRL calls it with each checkpoint, too, so that whatever goes wrong in our part is only told."""
+        super().create_model_card(*args, **kwargs)
+        if not self.is_world_process_zero():
+            return
+        try:
+            problem = save_training_dynamics(self.state.log_history, self.args.output_dir)
+            if problem and 0 < self.state.max_steps <= self.state.global_step:
+                warnings.warn(f"No picture of the training dynamics: {problem}", stacklevel=2)
+            if self._settings_in_use():
+                extend_card(self.args.output_dir, self._training_run())
+                add_evaluation(self.args.output_dir)
+        except Exception as error:  # noqa: BLE001  no card is worth a training run
+            warnings.warn(f"The model card says less than it could: {error}", stacklevel=2)
+
+    def _training_run(self) -> TrainingRun:
+        """What the card tells of this run."""
+        injector = self._injector if self.num_injected_completions else None
+        return TrainingRun(
+            self.args,
+            self.state.log_history,
+            steps=self.state.global_step,
+            max_steps=self.state.max_steps,
+            rewards=dict(zip(self.reward_func_names, self.reward_weights.tolist(), strict=True)),
+            expert=getattr(self, "expert_model", None),
+            sampler=type(self._sampler).__name__ if self.num_guided_generations else None,
+            trigger=injector.trigger.name if injector else None,
+            selector=injector.selector.name if injector else None,
+            has_chat_template=getattr(self._tokenizer, "chat_template", None) is not None,
+            grpo_citation=super()._paper["citation"],
+        )
+
+    def push_to_hub(self, *args, **kwargs):
+        """Push model, tokenizer, card and picture; of a guided run, the logs behind the card's figures as well."""
+        if self._settings_in_use():
+            self.save_state()
+        return super().push_to_hub(*args, **kwargs)

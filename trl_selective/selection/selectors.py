@@ -112,6 +112,10 @@ class Both(Pair):
 class Fallback(Pair):
     """The first selector; the second where the first refuses all that are left."""
 
+    @property
+    def name(self) -> str:
+        return f"{self.left.name} | {self.right.name}"
+
     def scores(self, candidates: Candidates) -> list[float]:
         return self._in_charge(candidates).scores(candidates)
 

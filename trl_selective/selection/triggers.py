@@ -75,6 +75,10 @@ class Combined(Trigger):
     left: Trigger
     right: Trigger
 
+    @property
+    def name(self) -> str:
+        return f"{self.left.name} {self.operation} {self.right.name}"
+
     def fires(self, outcomes: GroupOutcomes) -> Bool[Tensor, "groups"]:
         return OPERATIONS[self.operation](self.left(outcomes), self.right(outcomes))
 

@@ -1,0 +1,105 @@
+"""What cards are put together from: words for every setting, figures with their arithmetic, names that may be told."""
+
+import pytest
+
+from trl_selective import SelectiveGuidanceGRPOConfig, sampling
+from trl_selective.config import CORRECTIONS, INJECTION_CORRECTIONS
+from trl_selective.reporting.card_method import (
+    ADVANTAGES,
+    GUIDED_CORRECTIONS,
+    INJECTED_CORRECTIONS,
+    SAMPLERS,
+    WEIGHTS,
+    equations,
+    fall,
+    settings,
+)
+from trl_selective.reporting.card_training import statistics, summary
+from trl_selective.reporting.markdown import insert_before, table
+from trl_selective.reporting.names import hub_id
+from trl_selective.sampling import WEIGHTINGS
+
+
+def config(**changes) -> SelectiveGuidanceGRPOConfig:
+    return SelectiveGuidanceGRPOConfig("out", use_cpu=True, bf16=False, **{"num_guided_generations": 4, **changes})
+
+
+def test_there_are_words_for_every_choice():
+    assert set(WEIGHTS) == set(WEIGHTINGS)
+    assert set(GUIDED_CORRECTIONS) == set(CORRECTIONS)
+    assert set(INJECTED_CORRECTIONS) == set(INJECTION_CORRECTIONS)
+    assert set(ADVANTAGES) == {"group", "batch", "none"}  # TRL's scale_rewards
+    assert set(SAMPLERS) == {name for name in sampling.__all__ if name.endswith("Sampler")} - {"GuidedSampler"}
+
+
+@pytest.mark.parametrize(
+    ("changes", "line"),
+    [
+        ({"guidance_weighting": "hard_gate", "guidance_weight_max": 0.7}, "| `w = 0.7` where `H >= gamma`, else 0, `H` the"),
+        ({"guidance_weighting": "constant", "guidance_weight_max": 0.5}, "| share of the expert | `w = 0.5` | trl-selective |"),
+        ({"preset": "mentor_as_released"}, "| `(1 - w) * initial policy + w * expert` | MENTOR, Eq. 6 |"),
+        ({"guided_importance_correction": "sequence_mask", "importance_ratio_max": 5}, "over the completion, 0 where `r > 5` | trl-selective |"),
+        ({"scale_rewards": "batch"}, "`std` over those of the batch | TRL, `scale_rewards` |"),
+        ({"scale_rewards": "none"}, "| `R - mean`, `mean` over the on-policy rollouts of its group | TRL, `scale_rewards` |"),
+    ],
+)  # fmt: skip
+def test_equations_follow_the_settings(changes, line):
+    assert line in equations(config(**changes), "CoinSampler", None, None)
+
+
+@pytest.mark.parametrize(
+    ("schedule", "steps", "words"),
+    [
+        ("linear", 120, "linear from 1 to 0 over 120 steps; then nothing"),
+        ("cosine", 0.6, "cosine from 1 to 0 over 60 % of all steps; then nothing"),
+        ("constant", 0.25, "1 for 25 % of all steps; then nothing"),
+        ("constant", float("inf"), "1 throughout"),
+    ],
+)
+def test_schedules_in_words(schedule, steps, words):
+    assert fall(schedule, 1.0, steps).startswith(words)
+
+
+def test_settings_are_those_that_differ():
+    text = settings(config(entropy_quantile=0.9, guidance_weight_max=1.0, expert_model_name_or_path="/home/me/expert"))
+    assert text.splitlines()[4:] == [
+        "| `num_guided_generations` | `4` | `0` |",
+        "| `entropy_quantile` | `0.9` | `0.95` |",
+    ]
+
+
+def test_start_end_and_mean():
+    """Of 20 values a tenth are two: (1 + 2) / 2, (19 + 20) / 2, 210 / 20. Of three, a tenth is one."""
+    assert summary(range(1, 21), "{:g}".format) == ["1.5", "19.5", "10.5"]
+    assert summary([3, 5, 4], "{:g}".format) == ["3", "4", "4"]
+
+
+def test_figures_leave_out_what_was_not_logged():
+    """Half of the rows guided in one of two steps; the closing summary of the run is no step."""
+    history = [
+        {"reward": 0.2, "guidance/coef": 1.0, "guidance/weight": 0.5, "guidance/reward/guided": None},
+        {"reward": 0.4, "guidance/coef": 0.0},
+        {"train_runtime": 5.0, "reward": 99.0},
+    ]
+    assert statistics(config(), history).splitlines()[2:] == [
+        "| rollouts that were guided | 50.0% | 0.0% | 25.0% |",
+        "| reward of the policy | 0.2 | 0.4 | 0.3 |",
+        "| `alpha` | 1 | 0 | 0.5 |",
+        "| `w`, mean over guided tokens | 0.50 | 0.50 | 0.50 |",
+    ]
+    assert statistics(config(), []) is None
+
+
+def test_only_names_of_the_hub_are_told(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "models" / "expert").mkdir(parents=True)
+    assert hub_id("open-r1/OpenR1-Qwen-7B") == "open-r1/OpenR1-Qwen-7B"
+    assert hub_id("gpt2") == "gpt2"
+    for name in ("models/expert", str(tmp_path), "/gone/expert", "./expert", "a/b/c", "~/expert", "", None):
+        assert hub_id(name) is None
+
+
+def test_markdown():
+    assert table(["a", "b"], [("1 | 2", "3")]) == "| a | b |\n| --- | --- |\n| 1 \\| 2 | 3 |"
+    assert insert_before("# T\n\none\n\n## End\n\nlast\n", "## End", "new") == "# T\n\none\n\nnew\n\n## End\n\nlast\n"
+    assert insert_before("# T\n\none\n", "## End", "new") == "# T\n\none\n\nnew\n"

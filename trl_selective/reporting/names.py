@@ -1,0 +1,16 @@
+"""Names of models and datasets that may be published: those of the Hub. A place on this machine is nobody else's business."""
+
+import os
+
+from huggingface_hub.utils import HFValidationError, validate_repo_id
+
+
+def hub_id(name: str | None) -> str | None:
+    """`name` where it is the id of a repository on the Hub; None for a place on this machine, or for nothing."""
+    if not name or os.path.exists(name):
+        return None
+    try:
+        validate_repo_id(name)
+    except HFValidationError:
+        return None
+    return name
