@@ -6,26 +6,15 @@ from pathlib import Path
 
 import numpy as np
 
-from trl_selective.reporting.inputs import NAMED, markdown, named_paths
+from trl_selective.reporting.inputs import NAMED, add_output, markdown, named_paths
 from trl_selective.reporting.samples import EXPECTED, read_completions
 from trl_selective.reporting.word_plots import Role, Usage, plot_words
 from trl_selective.reporting.words import WordCounts, as_word, count_words, most_different
 
 # The paper found that the policy adopts words such as the first two, and not the next two.
 WORDS = (
-    "verify",
-    "check",
-    "okay",
-    "wait",
-    "however",
-    "alternatively",
-    "maybe",
-    "hmm",
-    "let me",
-    "therefore",
-    "assume",
-    "first",
-)
+    "verify", "check", "okay", "wait", "however", "alternatively", "maybe", "hmm", "let me", "therefore", "assume", "first",
+)  # fmt: skip
 POINTS = 20  # counts over training: steps are put together, since those of one step are too few to be a rate
 
 
@@ -97,13 +86,7 @@ def add_command(commands: argparse._SubParsersAction) -> None:
         help="the N words whose rates in policy and expert differ most surely: by z, the log-odds ratio "
         "with a prior over its standard deviation; z > 0 is a word of the expert",
     )
-    parser.add_argument(
-        "--output",
-        type=Path,
-        default=Path("words.png"),
-        metavar="FILE",
-        help="picture: .png, .pdf or .svg (default: %(default)s)",
-    )
+    add_output(parser, "words.png")
     parser.set_defaults(run=run)
 
 

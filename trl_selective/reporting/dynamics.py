@@ -3,7 +3,7 @@
 import argparse
 from pathlib import Path
 
-from trl_selective.reporting.inputs import NAMED, named_paths, read_json
+from trl_selective.reporting.inputs import NAMED, add_output, named_paths, read_json
 from trl_selective.reporting.plots import plot_training_dynamics
 
 FILE, STATE = "training_dynamics.png", "trainer_state.json"
@@ -52,13 +52,7 @@ def add_command(commands: argparse._SubParsersAction) -> None:
         metavar="N",
         help="show means of N logged values (default: a fiftieth of them where there are more than 200; 1: none)",
     )
-    parser.add_argument(
-        "--output",
-        type=Path,
-        default=Path(FILE),
-        metavar="FILE",
-        help="picture: .png, .pdf or .svg (default: %(default)s)",
-    )
+    add_output(parser, FILE)
     parser.set_defaults(run=run)
 
 

@@ -1,5 +1,6 @@
 """What the reporting commands are given: names with their paths, and files of JSON."""
 
+import argparse
 import json
 from collections.abc import Iterator, Sequence
 from pathlib import Path
@@ -8,9 +9,19 @@ from typing import Any
 NAMED = "a path, or NAME=PATH to choose the name that it is shown by"
 
 
+def add_output(parser: argparse.ArgumentParser, default: str) -> None:
+    parser.add_argument(
+        "--output",
+        type=Path,
+        default=Path(default),
+        metavar="FILE",
+        help="picture: .png, .pdf or .svg (default: %(default)s)",
+    )
+
+
 def named_paths(arguments: Sequence[str]) -> dict[str, Path]:
-    """Name -> path. Without `NAME=`, a path is called by its last folder (`evaluation` belongs to the one before it), and by so many before it that
-    no two have one name.
+    """Name -> path. Without `NAME=`, a path is called by its last part (a file without its suffix, a folder `evaluation` by the one before it), and
+    by so many more that no two have one name.
 
     Raises:
         ValueError: if a path does not exist, or a name is given twice.
@@ -45,7 +56,9 @@ def read_lines(path: Path) -> list[dict]:
         ValueError: if it has none, or a line is something else.
     """
     rows = []
-    for number, line in enumerate(path.read_text().splitlines(), start=1):
+    for number, line in enumerate(path.read_text(encoding="utf-8").split("\n"), start=1):
+        if not line.strip():
+            continue
         try:
             rows.append(dict(json.loads(line)))
         except (TypeError, ValueError) as error:
@@ -57,6 +70,7 @@ def read_lines(path: Path) -> list[dict]:
 
 def markdown(header: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
     """A table; all columns but the first are numbers, to the right."""
+    header, *rows = [[cell.replace("|", "\\|") for cell in line] for line in (header, *rows)]
     width = [max(map(len, column)) for column in zip(header, *rows, strict=True)]
     lines = [
         [line[0].ljust(width[0]), *(cell.rjust(each) for cell, each in zip(line[1:], width[1:], strict=True))]
@@ -72,7 +86,11 @@ def _split(argument: str) -> tuple[str | None, str]:
 
 
 def _short_names(paths: Sequence[Path]) -> Iterator[str]:
-    parts = [path.parts[:-1] if path.name == "evaluation" else path.parts for path in paths]
+    named = [
+        path.parent if path.name == "evaluation" else path.with_suffix("") if path.is_file() else path
+        for path in paths
+    ]
+    parts = [path.parts for path in named]
     names: list[str] = []
     for depth in range(1, max(map(len, parts), default=0) + 1):
         names = ["/".join(each[-depth:]) for each in parts]

@@ -3,7 +3,7 @@
 import argparse
 from pathlib import Path
 
-from trl_selective.reporting.inputs import NAMED, markdown, named_paths, read_json, read_lines
+from trl_selective.reporting.inputs import NAMED, add_output, markdown, named_paths, read_json, read_lines
 from trl_selective.reporting.pass_at_k_plots import Curve, draw_pass_at_k, pass_at_k_curve
 
 RESULTS = "results.json"
@@ -89,7 +89,7 @@ def add_command(commands: argparse._SubParsersAction) -> None:
     parser = commands.add_parser(
         "pass_at_k",
         help="pass@k curves of evaluated models",
-        description="Draw pass@k for every k, with 95 %% intervals over problems, from the samples that recipes/evaluate.py saved: one panel per "
+        description="Draw pass@k for every k, with 95 % intervals over problems, from the samples that recipes/evaluate.py saved: one panel per "
         "benchmark, one colour per model. Prints the curves at k = 1, 2, 4, ... as a table.",
     )
     parser.add_argument(
@@ -98,13 +98,7 @@ def add_command(commands: argparse._SubParsersAction) -> None:
         metavar="EVALUATION",
         help=f"output folder of recipes/evaluate.py, or of a run that has it in evaluation/: {NAMED}",
     )
-    parser.add_argument(
-        "--output",
-        type=Path,
-        default=Path("pass_at_k.png"),
-        metavar="FILE",
-        help="picture: .png, .pdf or .svg (default: %(default)s)",
-    )
+    add_output(parser, "pass_at_k.png")
     parser.set_defaults(run=run)
 
 

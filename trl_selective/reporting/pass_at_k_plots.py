@@ -48,7 +48,7 @@ def draw_pass_at_k(panels: Mapping[str, Mapping[str, Curve]], path: str | Path) 
             label_panel(axes, benchmark, "k", "pass@k, %")
             for model, each in curves.items():
                 ks, percent = range(1, len(each.mean) + 1), 100 * np.array(each)
-                axes.plot(ks, percent[0], color=models[model])
+                axes.plot(ks, percent[0], color=models[model], marker="o" if len(ks) == 1 else "")
                 axes.fill_between(ks, percent[1], percent[2], color=models[model], alpha=0.15, linewidth=0)
             axes.set_xscale("log", base=2)
             axes.xaxis.set_major_formatter("{x:.0f}")

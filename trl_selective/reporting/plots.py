@@ -137,8 +137,9 @@ def running_mean(values: np.ndarray, window: int) -> np.ndarray:
     """Mean over up to `window` values around each one, of those that are there; a gap stays a gap."""
     if not len(values):
         return values
-    known, kernel = ~np.isnan(values), np.ones(min(window, len(values)))
-    total, count = (np.convolve(each, kernel, "same") for each in (np.where(known, values, 0.0), known.astype(float)))
+    known, kernel = ~np.isnan(values), np.ones(min(window, 2 * len(values) - 1))  # more reach nothing more
+    around = slice(len(kernel) // 2, len(kernel) // 2 + len(values))
+    total, count = (np.convolve(each, kernel)[around] for each in (np.where(known, values, 0.0), known.astype(float)))
     return np.where(known, total / np.maximum(count, 1), np.nan)
 
 

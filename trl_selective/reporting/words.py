@@ -10,7 +10,7 @@ from math import log, sqrt
 from trl_selective.functional.diversity import n_grams
 
 WORD = re.compile(r"\w+(?:'\w+)*|[^\w\s]")
-PRIOR = 1000  # words of which both models are taken to have spoken alike, before they are listened to
+PRIOR = 0.1  # weight of the assumption that both models speak alike, against one for what they said
 MIN_SHARE = 0.01  # of the completions of one of two models have a word that is to tell them apart
 
 
@@ -74,25 +74,25 @@ def log_odds_z(policy: WordCounts, expert: WordCounts, prior: float = PRIOR) -> 
     """How surely the expert uses each word more often (> 0) or less often than the policy, in standard errors.
 
     The log-odds ratio with an informative Dirichlet prior, over its standard deviation (Monroe, Colaresi and Quinn 2008, "Fightin' Words",
-    doi:10.1093/pan/mpn018): with a word's occurrences y among n words of a model and a = `prior` times its share in both models together,
-    log((y + a) / (n + prior - y - a)) of the expert minus that of the policy, over sqrt(1 / (y_expert + a) + 1 / (y_policy + a)). The prior draws
-    rare words to 0, so that they do not lead the list by chance. Words are taken to fall independently, which those of one completion do not: read it
-    as an order, not as a test.
+    doi:10.1093/pan/mpn018). With a word's occurrences y among the n words of a model, A = `prior` times all words of both models, and a = `prior` times
+    the word's occurrences in both, it is log((y + a) / (n + A - y - a)) of the expert minus that of the policy, over
+    sqrt(1 / (y_expert + a) + 1 / (y_policy + a)). The prior takes both to speak alike: it draws rare words to 0, so that they do not lead the list by
+    chance, and keeps words finite that one of the two never uses. Words are taken to fall independently, which those of one completion do not: read
+    it as an order, not as a test.
 
     Args:
         policy, expert: counts of single words.
-        prior: how many words the prior counts for.
+        prior: weight of the prior, as a share of the words that were counted.
     """
     both = policy.occurrences + expert.occurrences
     if len(both) < 2:  # one word is all that either says
         return dict.fromkeys(both, 0.0)
-    total = policy.num_words + expert.num_words
+    prior_words = prior * (policy.num_words + expert.num_words)
     z = {}
     for word, occurrences in both.items():
-        expected = prior * occurrences / total
-        of_policy, of_expert = (counts.occurrences[word] + expected for counts in (policy, expert))
+        of_policy, of_expert = (counts.occurrences[word] + prior * occurrences for counts in (policy, expert))
         odds = [
-            log(times / (counts.num_words + prior - times))
+            log(times / (counts.num_words + prior_words - times))
             for times, counts in ((of_policy, policy), (of_expert, expert))
         ]
         z[word] = (odds[1] - odds[0]) / sqrt(1 / of_policy + 1 / of_expert)
