@@ -16,7 +16,9 @@ from trl import TrlParser
 from trl_selective.config import INJECTION_FIELDS, SelectiveGuidanceGRPOConfig
 
 OURS = set(SelectiveGuidanceGRPOConfig.__annotations__)
-CONFIG = Action(["--config"], "config", metavar="FILE", help="YAML file with any of these settings; the command line wins.")
+CONFIG = Action(
+    ["--config"], "config", metavar="FILE", help="YAML file with any of these settings; the command line wins."
+)
 
 
 class HelpLines(HelpFormatter):
@@ -39,7 +41,7 @@ class RecipeParser(TrlParser):
     """`TrlParser` that names file, line and key of what is wrong, and groups its help.
 
     Args:
-        dataclass_types: the script's own arguments first, then those of the trainer and of the model.
+        dataclass_types: the script's own arguments, alone or before those of the trainer and of the model.
     """
 
     def __init__(self, dataclass_types: Sequence[type], description: str):
@@ -70,7 +72,10 @@ class RecipeParser(TrlParser):
 
     def topics(self) -> dict[str, list[str]]:
         """The names of all settings by what they are about."""
-        script, trainer, model = ([field.name for field in fields(kind) if field.init] for kind in self.dataclass_types)
+        script, *others = ([field.name for field in fields(kind) if field.init] for kind in self.dataclass_types)
+        if not others:
+            return {"settings": ["help", "config", *script]}
+        trainer, model = others
         training = {field.name for field in fields(TrainingArguments)}
         return {
             "data, rewards and this script": ["help", "config", *script],
@@ -102,7 +107,9 @@ class RecipeParser(TrlParser):
     def _check_names(self, arguments: Sequence[str]) -> None:
         for option in (argument.split("=")[0] for argument in arguments if argument.startswith("--")):
             if option not in self._options:
-                raise ConfigError(f"command line, {option}: there is no such setting.{suggestion(option, self._options)}")
+                raise ConfigError(
+                    f"command line, {option}: there is no such setting.{suggestion(option, self._options)}"
+                )
 
     # ---- Errors ------------------------------------------------------------------------------------------------------------------------
 
@@ -119,18 +126,15 @@ class RecipeParser(TrlParser):
 
     def explain(self, error: Exception) -> str:
         """The message of an error, behind the place of the setting that it is about."""
-        message = str(error)
+        message, names = str(error), setting_types(self.dataclass_types)
         if isinstance(error, ConfigError):
             return message
         if isinstance(error, json.JSONDecodeError):
             message = f"expected JSON, got {error.doc!r}: {error}."
-            about = [name for name in self._names() if self._value(name) == error.doc]
+            about = [name for name in names if self._value(name) == error.doc]
         else:
-            about = [name for name in re.findall(r"\w+", message) if name in self._names()]
+            about = [name for name in re.findall(r"\w+", message) if name in names]
         return next((f"{place}: {message}" for place in map(self._place, about) if place), message)
-
-    def _names(self) -> set[str]:
-        return set(setting_types(self.dataclass_types))
 
     def _value(self, name: str) -> Any:
         return self._given.get(name, self._file.values.get(name) if self._file else None)

@@ -5,11 +5,11 @@ each value is checked against the annotation of the setting that it is for.
 """
 
 import difflib
-import types
 from collections.abc import Collection
 from dataclasses import fields
 from enum import Enum
 from pathlib import Path
+from types import NoneType, UnionType
 from typing import Any, Literal, Union, get_args, get_origin, get_type_hints
 
 import yaml
@@ -53,7 +53,9 @@ class ConfigFile:
 
     def _note(self, key: str, line: int) -> None:
         if key in self.lines:
-            raise ConfigError(f"{self.path}, line {line}: {key!r} is there already, in line {self.lines[key]}. Keep one.")
+            raise ConfigError(
+                f"{self.path}, line {line}: {key!r} is there already, in line {self.lines[key]}. Keep one."
+            )
         self.lines[key] = line
 
     def where(self, key: str) -> str:
@@ -75,12 +77,11 @@ class ConfigFile:
 
 def setting_types(dataclass_types: Collection[type]) -> dict[str, Any]:
     """The annotation of every field that can be set."""
-    return {
-        field.name: get_type_hints(dataclass)[field.name]
-        for dataclass in dataclass_types
-        for field in fields(dataclass)
-        if field.init
-    }
+    types = {}
+    for dataclass in dataclass_types:
+        hints = get_type_hints(dataclass)
+        types |= {field.name: hints[field.name] for field in fields(dataclass) if field.init}
+    return types
 
 
 def suggestion(name: str, known: Collection[str]) -> str:
@@ -99,10 +100,10 @@ def fits(value: Any, annotation: Any) -> bool:
     """Whether a value out of a YAML file can be used for a setting. A text will do for a number that it spells, as for `1e-6`."""
     if annotation is Any:
         return True
-    if annotation is None or annotation is types.NoneType:
+    if annotation is None or annotation is NoneType:
         return value is None
     origin, arguments = get_origin(annotation), get_args(annotation)
-    if origin in (Union, types.UnionType):
+    if origin in (Union, UnionType):
         return any(fits(value, argument) for argument in arguments)
     if origin is Literal:
         return value in arguments
@@ -130,7 +131,7 @@ def _is_number(value: Any, kind: type) -> bool:
 def spell(annotation: Any) -> str:
     """An annotation in words."""
     arguments = get_args(annotation)
-    if get_origin(annotation) in (Union, types.UnionType):
+    if get_origin(annotation) in (Union, UnionType):
         return " or ".join(dict.fromkeys(spell(argument) for argument in arguments))
     if get_origin(annotation) is Literal:
         return f"one of {list(arguments)}"
@@ -143,6 +144,6 @@ def spell(annotation: Any) -> str:
         float: "a number",
         bool: "true or false",
         str: "a text",
-        types.NoneType: "null",
+        NoneType: "null",
     }
     return words.get(annotation, "a mapping" if dict in (annotation, get_origin(annotation)) else str(annotation))

@@ -21,14 +21,36 @@ from trl import ModelConfig, get_peft_config
 from trl_selective import SelectiveGuidanceGRPOConfig
 from trl_selective.checks import check_columns
 from trl_selective.config import GUIDANCE_FIELDS, TRUNCATED
-from trl_selective.memory import GIB, Estimate, Run, estimate_memory, model_size, num_adapter_parameters, rollout_bytes_per_token
+from trl_selective.memory import (
+    GIB,
+    Estimate,
+    Run,
+    estimate_memory,
+    model_size,
+    num_adapter_parameters,
+    rollout_bytes_per_token,
+)
 
 ARCHITECTURES = Path(__file__).with_name("architectures.yaml")
 PROMPT_TOKENS = 1024  # the paper's limit of prompts
 DEVICE_GIB = 80  # where there is no accelerator to ask
 DTYPE_BYTES = {"float32": 4, "auto": 2, "bfloat16": 2, "float16": 2}
-OPTIMIZER_VALUES = {"adamw": 2, "adafactor": 0, "sgd": 0, "lion": 1}  # numbers kept for each parameter, by how the name starts
-GIVEN_TO_REWARDS = {"prompts", "completions", "completion_ids", "completions_ids", "trainer_state", "log_extra", "log_metric", "kwargs"}
+OPTIMIZER_VALUES = {
+    "adamw": 2,
+    "adafactor": 0,
+    "sgd": 0,
+    "lion": 1,
+}  # numbers kept for each parameter, by how the name starts
+GIVEN_TO_REWARDS = {
+    "prompts",
+    "completions",
+    "completion_ids",
+    "completions_ids",
+    "trainer_state",
+    "log_extra",
+    "log_metric",
+    "kwargs",
+}
 
 
 def dry_run(arguments: RecipeArguments, args: SelectiveGuidanceGRPOConfig, model: ModelConfig) -> str:
@@ -51,7 +73,7 @@ def dry_run(arguments: RecipeArguments, args: SelectiveGuidanceGRPOConfig, model
         f"data: {data(arguments, args, rewards)}",
         *memory(args, model, num_processes),
     ]
-    return "\n".join(parts) + "\n"
+    return "\n".join(parts)
 
 
 # ---- Settings --------------------------------------------------------------------------------------------------------------------------
@@ -62,7 +84,9 @@ def check_rewards(arguments: RecipeArguments, args: SelectiveGuidanceGRPOConfig)
     if not names:
         raise ValueError("reward_funcs is not set: name at least one reward function.")
     if weights is not None and len(weights) != len(names):
-        raise ValueError(f"reward_weights has {len(weights)} entries, expected one for each of the reward_funcs {names}.")
+        raise ValueError(
+            f"reward_weights has {len(weights)} entries, expected one for each of the reward_funcs {names}."
+        )
 
 
 def settings(args: SelectiveGuidanceGRPOConfig) -> str:
@@ -124,7 +148,9 @@ def data(arguments: RecipeArguments, args: SelectiveGuidanceGRPOConfig, rewards:
     rows = choose_split(load_splits(arguments), arguments.dataset_train_split, "dataset_train_split")
     for name, reward in zip(arguments.reward_funcs, rewards, strict=True):
         if missing := [column for column in columns_of(reward) if column not in rows.column_names]:
-            raise ValueError(f"reward_funcs: {name} reads the column {missing[0]!r}, but the data has only {rows.column_names}.")
+            raise ValueError(
+                f"reward_funcs: {name} reads the column {missing[0]!r}, but the data has only {rows.column_names}."
+            )
     found = f"{arguments.dataset_name}, {len(rows)} rows with the columns {rows.column_names}"
     return found + (f"; {completions(rows, args)}" if args.num_injected_completions else "")
 
@@ -132,7 +158,9 @@ def data(arguments: RecipeArguments, args: SelectiveGuidanceGRPOConfig, rewards:
 def columns_of(reward: Callable) -> list[str]:
     """The columns that a reward function cannot do without."""
     parameters = inspect.signature(reward).parameters.values()
-    needed = [p.name for p in parameters if p.default is p.empty and p.kind in (p.POSITIONAL_OR_KEYWORD, p.KEYWORD_ONLY)]
+    needed = [
+        p.name for p in parameters if p.default is p.empty and p.kind in (p.POSITIONAL_OR_KEYWORD, p.KEYWORD_ONLY)
+    ]
     return [name for name in needed if name not in GIVEN_TO_REWARDS]
 
 
@@ -141,7 +169,9 @@ def completions(rows: Dataset, args: SelectiveGuidanceGRPOConfig) -> str:
     check_columns(rows, [column for column in columns if column])
     with_any = sum(bool(row) for row in rows[args.expert_completions_column])
     if not with_any:
-        raise ValueError(f"No row has a completion in the expert_completions_column {args.expert_completions_column!r}.")
+        raise ValueError(
+            f"No row has a completion in the expert_completions_column {args.expert_completions_column!r}."
+        )
     return f"{with_any} rows have expert completions"
 
 
@@ -175,8 +205,12 @@ def plan(args: SelectiveGuidanceGRPOConfig, model: ModelConfig) -> Run:
     config, _ = find_config(model.model_name_or_path)
     policy, adapter = model_size(config), get_peft_config(model)
     weight_bytes = DTYPE_BYTES[model.dtype or "float32"]
-    engine = args.vllm_gpu_memory_utilization * device_gib() * GIB if args.use_vllm and args.vllm_mode == "colocate" else 0
-    needs_expert = args.num_guided_generations or (args.num_injected_completions and args.injection_correction in TRUNCATED)
+    engine = (
+        args.vllm_gpu_memory_utilization * device_gib() * GIB if args.use_vllm and args.vllm_mode == "colocate" else 0
+    )
+    needs_expert = args.num_guided_generations or (
+        args.num_injected_completions and args.injection_correction in TRUNCATED
+    )
     expert = args.expert_model_name_or_path if needs_expert else None
     expert_dtype = str((args.expert_model_init_kwargs or {}).get("dtype", "bfloat16")).removeprefix("torch.")
     rows = args.per_device_train_batch_size * args.steps_per_generation
@@ -238,7 +272,10 @@ def table(estimates: list[Estimate]) -> list[tuple[str, list[str]]]:
     for phase in ("always", "rollouts", "update"):
         parts: list[dict[str, Any]] = [getattr(estimate, phase) for estimate in estimates]
         rows += [(f"{phase}: {name}", [part[name] for part in parts]) for name in parts[0]]
-    rows += [("peak of rollouts", [e.rollout_peak for e in estimates]), ("peak of an update", [e.update_peak for e in estimates])]
+    rows += [
+        ("peak of rollouts", [e.rollout_peak for e in estimates]),
+        ("peak of an update", [e.update_peak for e in estimates]),
+    ]
     return [(name, [f"{size / GIB:.1f}" for size in sizes]) for name, sizes in rows]
 
 
@@ -251,7 +288,11 @@ def fit(run: Run, name: str) -> str:
     if not (per_token := rollout_bytes_per_token(run)):
         return f"{name}: fits into {device_gib():.0f} GiB."
     tokens = int(room // per_token)
-    until = "at full length" if tokens >= run.row_tokens else f"while the rows still being written have up to {tokens} tokens"
+    until = (
+        "at full length"
+        if tokens >= run.row_tokens
+        else f"while the rows still being written have up to {tokens} tokens"
+    )
     return f"{name}: fits into {device_gib():.0f} GiB {until} ({1000 * per_token / GIB:.1f} GiB per 1000 tokens of all {run.rows} rows)."
 
 

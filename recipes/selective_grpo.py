@@ -220,7 +220,9 @@ def check_processes(expected: int | None, actual: int) -> None:
 
 
 def parse(argv: list[str]) -> tuple[RecipeParser, RecipeArguments, SelectiveGuidanceGRPOConfig, ModelConfig]:
-    parser = RecipeParser((RecipeArguments, SelectiveGuidanceGRPOConfig, ModelConfig), "Train with selective guidance.")
+    parser = RecipeParser(
+        (RecipeArguments, SelectiveGuidanceGRPOConfig, ModelConfig), "Train with selective guidance."
+    )
     if "--dry_run" in argv and not torch.accelerator.is_available():
         argv = [*argv, "--use_cpu", "true"]  # or settings for an accelerator would be refused on a machine without
     return parser, *parser.parse_args_and_config(argv)
@@ -232,6 +234,7 @@ if __name__ == "__main__":
         if arguments.dry_run:
             from dry_run import dry_run  # which imports this script
 
-            parser.exit(message=dry_run(arguments, args, model))
+            print(dry_run(arguments, args, model))
+            sys.exit()
         check_processes(arguments.num_processes, args.world_size)
     main(arguments, args, model, parser.user_errors)

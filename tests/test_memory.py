@@ -37,9 +37,10 @@ def test_parameters_and_cache_are_those_of_the_model(config):
 
 @pytest.mark.parametrize("name", [POLICY, EXPERT])
 def test_shipped_models(name):
-    assert model_size(AutoConfig.from_pretrained(name)).num_parameters == AutoModelForCausalLM.from_pretrained(
-        name
-    ).num_parameters()
+    assert (
+        model_size(AutoConfig.from_pretrained(name)).num_parameters
+        == AutoModelForCausalLM.from_pretrained(name).num_parameters()
+    )
 
 
 def test_an_adapter_has_its_own_parameters():

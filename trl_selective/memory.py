@@ -142,7 +142,9 @@ def rollout_bytes_per_token(run: Run) -> int:
 
 def activation_bytes(model: ModelSize, tokens: int, value_bytes: int, is_checkpointed: bool) -> int:
     """What the backward pass needs of the forward pass of so many tokens."""
-    layer = tokens * (HIDDEN_TENSORS * model.hidden_size + FEED_FORWARD_TENSORS * model.intermediate_size) * value_bytes
+    layer = (
+        tokens * (HIDDEN_TENSORS * model.hidden_size + FEED_FORWARD_TENSORS * model.intermediate_size) * value_bytes
+    )
     inputs = model.num_layers * tokens * model.hidden_size * value_bytes
     return inputs + layer if is_checkpointed else model.num_layers * layer
 
