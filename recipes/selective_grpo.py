@@ -22,12 +22,15 @@ import importlib
 import os
 import sys
 from collections.abc import Callable
+from contextlib import nullcontext
 from dataclasses import dataclass, field
 from pathlib import Path
 
+import torch
+from command_line import RecipeParser
 from datasets import Dataset, DatasetDict, load_dataset, load_from_disk
 from transformers import AutoTokenizer, PreTrainedTokenizerBase
-from trl import ModelConfig, TrlParser, get_peft_config, get_quantization_config
+from trl import ModelConfig, get_peft_config, get_quantization_config
 
 from trl_selective import SelectiveGuidanceGRPOConfig, SelectiveGuidanceGRPOTrainer
 from trl_selective.reporting.names import hub_id
@@ -60,8 +63,24 @@ class ScriptArguments:
     system_prompt: str | None = field(
         default=None, metadata={"help": "Turns text prompts into conversations that start with this system message."}
     )
+    tokenizer_name_or_path: str | None = field(
+        default=None,
+        metadata={"help": "Tokenizer of the policy, where it is not beside its weights: one with a chat template."},
+    )
     eos_token: str | None = field(
         default=None, metadata={"help": "End token of the policy's tokenizer, where it must be the expert's."}
+    )
+
+
+@dataclass
+class RecipeArguments(ScriptArguments):
+    num_processes: int | None = field(
+        default=None,
+        metadata={"help": "Number of processes that the batch sizes are made for; another number is refused."},
+    )
+    dry_run: bool = field(
+        default=False,
+        metadata={"help": "Check the settings, and print them with an estimate of memory; nothing is loaded."},
     )
 
 
@@ -114,14 +133,16 @@ def as_prompt(row: dict, arguments: ScriptArguments) -> str | list[dict]:
 
 
 def load_tokenizer(arguments: ScriptArguments, model: ModelConfig) -> PreTrainedTokenizerBase | None:
-    """The policy's tokenizer with another end token; None leaves loading it to the trainer."""
-    if arguments.eos_token is None:
+    """The policy's tokenizer, if it is another one or has another end token; None leaves loading it to the trainer."""
+    if arguments.eos_token is None and arguments.tokenizer_name_or_path is None:
         return None
-    tokenizer = AutoTokenizer.from_pretrained(
-        model.model_name_or_path, revision=model.model_revision, padding_side="left"
-    )
+    name = arguments.tokenizer_name_or_path or model.model_name_or_path
+    revision = model.model_revision if name == model.model_name_or_path else None
+    tokenizer = AutoTokenizer.from_pretrained(name, revision=revision, padding_side="left")
+    if arguments.eos_token is None:
+        return tokenizer
     if arguments.eos_token not in tokenizer.get_vocab():
-        raise ValueError(f"eos_token={arguments.eos_token!r} is not in the vocabulary of {model.model_name_or_path}.")
+        raise ValueError(f"eos_token={arguments.eos_token!r} is not in the vocabulary of {name}.")
     tokenizer.eos_token = arguments.eos_token
     return tokenizer
 
@@ -131,7 +152,9 @@ def resume_point(value: str | bool | None) -> str | bool | None:
     return {"true": True, "false": False}.get(str(value).lower(), value)
 
 
-def main(arguments: ScriptArguments, args: SelectiveGuidanceGRPOConfig, model: ModelConfig) -> None:
+def make_trainer(
+    arguments: ScriptArguments, args: SelectiveGuidanceGRPOConfig, model: ModelConfig
+) -> SelectiveGuidanceGRPOTrainer:
     args.model_init_kwargs = {
         "revision": model.model_revision,
         "attn_implementation": model.attn_implementation,
@@ -145,7 +168,7 @@ def main(arguments: ScriptArguments, args: SelectiveGuidanceGRPOConfig, model: M
     eval_dataset = None
     if args.eval_strategy != "no":
         eval_dataset = choose_split(splits, arguments.dataset_test_split, "dataset_test_split")
-    trainer = SelectiveGuidanceGRPOTrainer(
+    return SelectiveGuidanceGRPOTrainer(
         model=model.model_name_or_path,
         reward_funcs=[load_reward(name) for name in arguments.reward_funcs or ()],
         args=args,
@@ -155,6 +178,14 @@ def main(arguments: ScriptArguments, args: SelectiveGuidanceGRPOConfig, model: M
         peft_config=get_peft_config(model),
         quantization_config=get_quantization_config(model),
     )
+
+
+def main(
+    arguments: ScriptArguments, args: SelectiveGuidanceGRPOConfig, model: ModelConfig, user_errors=nullcontext
+) -> None:
+    """Train. `user_errors()` surrounds what can fail for a wrong setting."""
+    with user_errors():
+        trainer = make_trainer(arguments, args, model)
     trainer.train(resume_from_checkpoint=resume_point(args.resume_from_checkpoint))
 
     trainer.save_state()
@@ -169,6 +200,30 @@ def main(arguments: ScriptArguments, args: SelectiveGuidanceGRPOConfig, model: M
         trainer.end()
 
 
+def check_processes(expected: int | None, actual: int) -> None:
+    if expected not in (None, actual):
+        raise ValueError(
+            f"num_processes={expected}: the batch sizes are made for that many processes, got {actual}. Start them with `accelerate launch "
+            f"--num_processes {expected}`, or change gradient_accumulation_steps, steps_per_generation and num_processes together."
+        )
+
+
+def parse(argv: list[str]) -> tuple[RecipeParser, RecipeArguments, SelectiveGuidanceGRPOConfig, ModelConfig]:
+    parser = RecipeParser(
+        (RecipeArguments, SelectiveGuidanceGRPOConfig, ModelConfig), "Train with selective guidance."
+    )
+    if "--dry_run" in argv and not torch.accelerator.is_available():
+        argv = [*argv, "--use_cpu", "true"]  # or settings for an accelerator would be refused on a machine without
+    return parser, *parser.parse_args_and_config(argv)
+
+
 if __name__ == "__main__":
-    parser = TrlParser((ScriptArguments, SelectiveGuidanceGRPOConfig, ModelConfig))
-    main(*parser.parse_args_and_config(fail_with_unknown_args=True))
+    parser, arguments, args, model = parse(sys.argv[1:])
+    with parser.user_errors():
+        if arguments.dry_run:
+            from dry_run import dry_run  # which imports this script
+
+            print(dry_run(arguments, args, model))
+            sys.exit()
+        check_processes(arguments.num_processes, args.world_size)
+    main(arguments, args, model, parser.user_errors)

@@ -1,0 +1,128 @@
+"""What is wrong with a recipe is named with file, line and key; the help is complete and by topic."""
+
+import dataclasses
+import re
+import sys
+
+import pytest
+from trl import ModelConfig
+
+from tests.training import QUICKSTART
+from trl_selective import SelectiveGuidanceGRPOConfig
+from trl_selective.config import GUIDANCE_FIELDS
+
+RECIPES = QUICKSTART.parent
+sys.path.insert(0, str(RECIPES))
+from command_line import RecipeParser, given_settings  # noqa: E402
+from config_file import ConfigError, ConfigFile, fits, spell  # noqa: E402
+from selective_grpo import RecipeArguments, parse  # noqa: E402
+
+KINDS = (RecipeArguments, SelectiveGuidanceGRPOConfig, ModelConfig)
+CPU = "use_cpu: true\nbf16: false\n"
+
+
+def message_of(tmp_path, capsys, text, *arguments):
+    """What a config file ends with."""
+    path = tmp_path / "recipe.yaml"
+    path.write_text(CPU + text)
+    with pytest.raises(SystemExit) as exit:
+        parse(["--config", str(path), *arguments])
+    assert exit.value.code == 2
+    first, *_, last = capsys.readouterr().err.splitlines()
+    assert last.startswith("All settings: ")
+    return first.replace(f"{tmp_path}/", "")
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        ("learning_rte: 1.0", "recipe.yaml, line 3, learning_rte: there is no such setting. Did you mean 'learning_rate'?"),
+        ("zzz: 1", "recipe.yaml, line 3, zzz: there is no such setting."),
+        ("max_steps: 1\nseed: 2\nmax_steps: 3", "recipe.yaml, line 5: 'max_steps' is there already, in line 3. Keep one."),
+        ("max_steps: many", "recipe.yaml, line 3, max_steps: expected a whole number, got 'many'."),
+        ("max_steps: 1.5", "recipe.yaml, line 3, max_steps: expected a whole number, got 1.5."),
+        ("max_steps: true", "recipe.yaml, line 3, max_steps: expected a whole number, got True. YAML reads yes, no, on and off"),
+        ("log_completions: 3", "recipe.yaml, line 3, log_completions: expected true or false, got 3."),
+        ("save_strategy: no", "recipe.yaml, line 3, save_strategy: expected one of ['no', 'steps', 'epoch', 'best'] or a text, got False. YAML reads yes, no"),
+        ("reward_weights: [1.0, x]", "recipe.yaml, line 3, reward_weights: expected a list, each entry a number or null, got"),
+        ("reward_funcs: boxed_accuracy", "recipe.yaml, line 3, reward_funcs: expected a list, each entry a text or null, got"),
+        ("entropy_quantile: 95", "recipe.yaml, line 3, entropy_quantile: entropy_quantile must lie in [0, 1], got 95."),
+        ("preset: mentr", "recipe.yaml, line 3, preset: preset must be one of"),
+        ("seed: 1\nnum_generations: 4\nnum_guided_generations: 3", "recipe.yaml, line 5, num_guided_generations: num_guided_generations=3 of num_generations=4 leaves 1"),
+        ("seed: [1", "recipe.yaml, line 3: no valid YAML"),
+    ],
+)  # fmt: skip
+def test_errors_of_a_config_file(tmp_path, capsys, text, message):
+    assert f"error: {message}" in message_of(tmp_path, capsys, text)
+
+
+def test_the_command_line_is_named_where_it_wins(tmp_path, capsys):
+    message = message_of(tmp_path, capsys, "entropy_quantile: 0.9", "--entropy_quantile=95")
+    assert "error: command line, --entropy_quantile: entropy_quantile must lie in [0, 1]" in message
+
+
+def test_a_file_that_is_not_there_or_no_mapping(tmp_path):
+    with pytest.raises(ConfigError, match=r"absent.yaml: the config file cannot be read, No such file"):
+        ConfigFile("absent.yaml")
+    (tmp_path / "list.yaml").write_text("- 1")
+    with pytest.raises(ConfigError, match=r"list.yaml: expected lines of `key: value`, got list"):
+        ConfigFile(str(tmp_path / "list.yaml"))
+
+
+def test_values_arrive(tmp_path):
+    """Numbers that YAML takes for texts included; the command line wins."""
+    path = tmp_path / "recipe.yaml"
+    path.write_text(
+        CPU
+        + "learning_rate: 1e-5\nmax_steps: 3\npreset: luffy\nlora_target_modules: [q_proj, v_proj]\nenv: {MY_ENV: one}\n"
+    )
+    _, script, args, model = parse([f"--config={path}", "--max_steps", "4", "--reward-funcs", "a", "b"])
+    assert (args.learning_rate, args.max_steps, args.shaping_gamma) == (1e-5, 4, 0.1)
+    assert (script.reward_funcs, model.lora_target_modules) == (["a", "b"], ["q_proj", "v_proj"])
+
+
+@pytest.mark.parametrize(
+    ("value", "annotation", "expected"),
+    [
+        (1, float, True), ("1e-3", float, True), ("x", float, False), (1, int, True), ("1", int, True), (1.0, int, False),
+        (None, int | None, True), (None, int, False), (True, bool, True), ("yes", bool, False), (1, str, False),
+        ({"a": 1}, dict | str | None, True), ([1], list[int], True), (["a"], list[int], False),
+    ],
+)  # fmt: skip
+def test_types(value, annotation, expected):
+    assert fits(value, annotation) is expected
+
+
+def test_annotations_in_words():
+    assert spell(int | None) == "a whole number or null"
+    assert spell(dict | str | None) == "a mapping or a text or null"
+
+
+def test_given_settings():
+    assert given_settings(["--a-b", "1", "--c=2", "--d", "--e", "x", "y"]) == {
+        "a_b": "1",
+        "c": "2",
+        "d": "--e",
+        "e": "x",
+    }
+
+
+def test_the_help_is_complete_and_by_topic():
+    parser = RecipeParser(KINDS, "Train.")
+    names = [name for names in parser.topics().values() for name in names]
+    fields = [field.name for kind in KINDS for field in dataclasses.fields(kind) if field.init]
+    assert sorted(names) == sorted(["help", "config", *fields])  # each once
+
+    sections = dict(re.findall(r"^(\w[^\n]*):\n((?:  [^\n]*\n)+)", parser.format_help(), re.MULTILINE))
+    assert list(sections) == list(parser.topics())
+    assert "--preset " in sections["guidance: who guides, where and how strongly"]
+    assert "One of entropy" not in sections["injection of expert completions"]
+    assert "--beta " in sections["GRPO (TRL)"]
+    assert "--learning_rate " in sections["training (Transformers)"]
+    assert "--lora_r " in sections["model, adapter and quantisation (TRL)"]
+
+
+def test_our_settings_have_one_sentence_of_help():
+    for field in dataclasses.fields(SelectiveGuidanceGRPOConfig):
+        if field.name in GUIDANCE_FIELDS | {"preset"}:
+            assert re.fullmatch(r"(?!.*\. [A-Z]).+\.", field.metadata["help"]), field.name
