@@ -8,6 +8,7 @@ from datasets import Dataset
 from trl import GRPOConfig
 
 from trl_selective import SelectiveGuidanceGRPOConfig, SelectiveGuidanceGRPOTrainer
+from trl_selective.reporting.callback import TrainingDynamicsCallback
 
 QUICKSTART = Path(__file__).parents[1] / "recipes" / "quickstart"
 POLICY, EXPERT = str(QUICKSTART / "policy"), str(QUICKSTART / "expert")
@@ -81,14 +82,18 @@ def make_trainer(
     train_dataset=None,
     settings=GUIDED,
     init=None,
+    pictures=False,
     **changes,
 ):
-    """A trainer with `settings` and `changes` to them; `init` goes to the trainer's constructor."""
+    """A trainer with `settings` and `changes` to them; `init` goes to the trainer's constructor. With `pictures`, it leaves them as users get them."""
     args = config_class(str(folder), **{**settings, **changes})
     init = dict(init or {})
     if getattr(args, "num_guided_generations", 0):
         init["expert_model"] = expert_model
-    return trainer_class(model, reward_funcs, args, train_dataset or path_dataset(), **init)
+    trainer = trainer_class(model, reward_funcs, args, train_dataset or path_dataset(), **init)
+    if not pictures:  # they take longer than the run
+        trainer.remove_callback(TrainingDynamicsCallback)
+    return trainer
 
 
 def make_plain_trainer(folder, trainer_class, config_class=GRPOConfig, **changes):

@@ -39,7 +39,8 @@ from trl_selective.functional.advantages import mixed_group_advantages, reward_s
 from trl_selective.functional.importance import injected_importance_weight
 from trl_selective.guided_batch import GuidedBatch
 from trl_selective.injection import Injection, Injector, SampledBatch
-from trl_selective.reporting.card import TrainingRun, add_evaluation, extend_card, save_training_dynamics
+from trl_selective.reporting.callback import TrainingDynamicsCallback, save_training_dynamics
+from trl_selective.reporting.card import TrainingRun, add_evaluation, extend_card
 from trl_selective.reporting.card_method import method
 from trl_selective.reporting.metrics import (
     importance_metrics,
@@ -139,6 +140,7 @@ class SelectiveGuidanceGRPOTrainer(GRPOTrainer):
 
         super().__init__(model, reward_funcs, args, *trl_args, **trl_kwargs)
 
+        self.add_callback(TrainingDynamicsCallback())
         self._batch: GuidedBatch | None = None  # while a guided batch is generated and scored
         self._loss_inputs: dict | None = None  # while the loss of a micro-batch is computed
         self._loss_sums: torch.Tensor | None = None  # what `_bind_to_policy` adds up in that micro-batch
@@ -780,9 +782,7 @@ class SelectiveGuidanceGRPOTrainer(GRPOTrainer):
         if not self.is_world_process_zero():
             return
         try:
-            problem = save_training_dynamics(self.state.log_history, self.args.output_dir)
-            if problem and 0 < self.state.max_steps <= self.state.global_step:
-                warnings.warn(f"No picture of the training dynamics: {problem}", stacklevel=2)
+            save_training_dynamics(self.state.log_history, self.args.output_dir)
             if self._settings_in_use():
                 extend_card(self.args.output_dir, self._training_run())
                 add_evaluation(self.args.output_dir)

@@ -3,7 +3,6 @@
 import json
 import re
 import sys
-import warnings
 from pathlib import Path
 
 import pytest
@@ -245,19 +244,16 @@ def test_without_guidance_it_is_trls_card(tmp_path):
     assert set(ModelCard(ours).data.tags) == set(ModelCard(theirs).data.tags)
 
 
-def test_without_matplotlib(tmp_path, monkeypatch):
+def test_without_matplotlib(tmp_path, monkeypatch, caplog):
     monkeypatch.setitem(sys.modules, "matplotlib.figure", None)
-    trainer = make_trainer(tmp_path, max_steps=2, save_strategy="steps", save_steps=1)
-    with warnings.catch_warnings(record=True) as caught:
-        warnings.simplefilter("always")
-        trainer.train()
-    told = [str(warning.message) for warning in caught if "No picture" in str(warning.message)]
+    make_trainer(tmp_path, max_steps=2, save_strategy="steps", save_steps=1, pictures=True).train()
+    told = [record.getMessage() for record in caplog.records if "No training_dynamics.png" in record.getMessage()]
     assert told == [
-        'No picture of the training dynamics: Plots need matplotlib: pip install "trl-selective[plots]".'
+        'No training_dynamics.png: Plots need matplotlib: pip install "trl-selective[plots]".'
     ]  # at the end
     card = (tmp_path / "README.md").read_text()
     assert "### What guidance did" in card
-    assert "training_dynamics.png" not in card
+    assert "![Training dynamics]" not in card
 
 
 @pytest.mark.parametrize(

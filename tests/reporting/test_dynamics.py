@@ -23,9 +23,8 @@ def trained(tmp_path_factory):
     """A guided run of three steps with checkpoints, whose log was not saved at its end."""
     folder = tmp_path_factory.mktemp("runs") / "guided"
     trainer = make_trainer(
-        folder, save_strategy="steps", save_steps=2, log_completions=True, num_completions_to_print=0
+        folder, save_strategy="steps", save_steps=2, log_completions=True, num_completions_to_print=0, pictures=True
     )
-    trainer.add_callback(TrainingDynamicsCallback())
     trainer.train()
     return trainer
 
@@ -70,8 +69,7 @@ def test_training_does_not_fail_without_matplotlib(trained, without_matplotlib, 
 
 
 def test_training_does_not_fail_where_nothing_was_logged(tmp_path, caplog):
-    trainer = make_trainer(tmp_path / "a", max_steps=1, logging_strategy="no")
-    trainer.add_callback(TrainingDynamicsCallback())
+    trainer = make_trainer(tmp_path / "a", max_steps=1, logging_strategy="no", pictures=True)
     trainer.train()
     assert not (tmp_path / "a" / "training_dynamics.png").exists()
     (record,) = [record for record in caplog.records if record.name == "trl_selective.reporting.callback"]

@@ -16,11 +16,11 @@ from trl_selective.config import SelectiveGuidanceGRPOConfig
 from trl_selective.reporting.card_evaluation import eval_results, evaluation_section, read_results
 from trl_selective.reporting.card_method import cited_papers, equations, method, settings
 from trl_selective.reporting.card_training import Entry, setup, statistics
+from trl_selective.reporting.dynamics import FILE as PICTURE
 from trl_selective.reporting.markdown import insert_before
 from trl_selective.reporting.names import hub_id
-from trl_selective.reporting.plots import plot_training_dynamics
 
-CARD, PICTURE, RESULTS = "README.md", "training_dynamics.png", Path("evaluation", "results.json")
+CARD, RESULTS = "README.md", Path("evaluation", "results.json")
 FILES = {"trainer_state.json": "all logs", "guidance.html": "rollouts, and who drew each token"}
 TOKEN_GUIDANCE = (
     "**Token-level guidance**: {guided} of the {total} rollouts of each prompt were drawn token by token from a mixture of the policy and an "
@@ -60,15 +60,6 @@ class TrainingRun:
     selector: str | None
     has_chat_template: bool
     grpo_citation: str
-
-
-def save_training_dynamics(log_history: Sequence[Entry], folder: str | Path) -> str | None:
-    """Save the picture of a run in its output folder. Returns why there is none, where there is none: no matplotlib, or nothing logged."""
-    try:
-        plot_training_dynamics({Path(folder).resolve().name: log_history}, Path(folder, PICTURE))
-    except (ImportError, ValueError) as error:
-        return str(error)
-    return None
 
 
 def extend_card(folder: str | Path, run: TrainingRun) -> None:
