@@ -63,7 +63,7 @@ def model_size(config: PreTrainedConfig) -> ModelSize:
 
 def num_adapter_parameters(config: PreTrainedConfig, peft_config: PeftConfig) -> int:
     """Trainable parameters of an adapter on the model that a config describes."""
-    adapted: Any = get_peft_model(build_empty(config), peft_config)  # type: ignore[arg-type]
+    adapted: Any = get_peft_model(build_empty(config), peft_config)
     return adapted.get_nb_trainable_parameters()[0]
 
 
