@@ -4,11 +4,14 @@ import json
 import re
 import runpy
 import sys
+from dataclasses import replace
 
 import pytest
 import yaml
 from safetensors.torch import load_file
 from transformers import AutoConfig, AutoTokenizer
+from trl import ModelConfig, SFTConfig, TrlParser
+from trl import ScriptArguments as TrlScriptArguments
 
 from tests.recipes.test_selective_grpo import REWARD, launch
 from tests.training import EXPERT, POLICY, QUICKSTART, expert_dataset, path_dataset
@@ -103,8 +106,10 @@ def test_the_table_has_the_estimates():
         cells = next(
             line for line in readme.splitlines() if f"({path.parent.relative_to(RECIPES)}/config.yaml)" in line
         )
-        assert f"| {estimate_memory(run).update_peak / GIB:.0f} |" in cells, path
-        assert f"| {estimate_memory(run).rollout_peak / GIB:.0f} |" in cells, path
+        sharded = estimate_memory(replace(run, num_shards=8))
+        expected = [estimate_memory(run).update_peak, estimate_memory(run).rollout_peak]
+        expected += [] if path == LORA else [sharded.update_peak, sharded.rollout_peak]
+        assert "| " + " | ".join(f"{size / GIB:.0f}" for size in expected) + " |" in cells, path
 
 
 # The numbers of parameters on the models' pages of the Hub.
@@ -215,3 +220,13 @@ def test_the_lora_recipe_trains(tmp_path):
     assert any(value.abs().max() > 0 for name, value in weights.items() if "lora_B" in name)  # they start at 0
     history = json.loads((out / "trainer_state.json").read_text())["log_history"]
     assert any(entry.get("guidance/expert_drawn", 0) > 0 for entry in history)
+
+
+def test_trl_takes_the_config_of_the_llama_expert():
+    parser = TrlParser((TrlScriptArguments, SFTConfig, ModelConfig))
+    path = RECIPES / "Llama-3.1-8B" / "expert" / "sft.yaml"
+    script, args, model = parser.parse_args_and_config(["--config", str(path), "--use_cpu", "true"])
+    assert (model.model_name_or_path, script.dataset_name) == ("meta-llama/Llama-3.1-8B-Instruct", "data/llama_expert")
+    assert 8 * args.per_device_train_batch_size * args.gradient_accumulation_steps == 128
+    guided = parsed(RECIPES / "Llama-3.1-8B" / "mentor" / "config.yaml")[1]
+    assert guided.expert_model_name_or_path == args.output_dir

@@ -138,7 +138,7 @@ def test_an_adapter_with_a_conversation_and_an_evaluation(tmp_path):
         ),
         (
             ("--num_guided_generations", "3"),
-            "config.yaml, line 9, num_generations: num_guided_generations=3 of num_generations=4",
+            "command line, --num_guided_generations: num_guided_generations=3 of num_generations=4",
         ),
         (
             ("--num_processes", "8"),
