@@ -110,7 +110,7 @@ def test_header_cards_and_legend(shown):
     assert driver.title == "a <run>: guidance viewer"
     tiles = dict(zip(texts(driver, "#summary dt"), texts(driver, "#summary dd:not(.detail)"), strict=True))
     assert tiles == {"steps": "1 to 2", "rollouts": "16", "reward, on-policy": "0", "reward, guided": "1",
-                     "reward, injected": "0.9", "expert drew": "14 %"}  # fmt: skip
+                     "reward, injected": "0.90", "expert drew": "14 %"}  # fmt: skip
     assert texts(driver, "#chart .name") == ["on-policy", "guided", "injected"]
     assert count(driver) == "16 of 16 rollouts"
     assert "drawn by the expert" in texts(driver, "#legend")[0]
@@ -144,7 +144,7 @@ def test_pointing_at_a_token_shows_its_record(shown):
     assert tip.is_displayed()
     assert tip.text.splitlines()[0] == '" x"'
     shown_facts = dict(zip(texts(driver, "#tip dt"), texts(driver, "#tip dd"), strict=True))
-    assert shown_facts == {"token": "2 of 7", "drawn by": "the expert", "weight w": "0.167", "entropy H": "0.25 nats (threshold 1.5)",
+    assert shown_facts == {"token": "2 of 7", "drawn by": "the expert", "weight w": "0.167", "entropy H": "0.250 nats (threshold 1.50)",
                            "acceptance": "0.125"}  # fmt: skip
     ActionChains(driver).move_to_element(driver.find_element("id", "title")).perform()
     assert not tip.is_displayed()
@@ -219,18 +219,25 @@ def test_kinds_can_be_switched_off(shown):
 
 def test_sorting(shown):
     rewards = [0.5, None, -1.0, 2.0]
-    rows = [a_row(step=step, reward=reward) for step, reward in enumerate(rewards)]
+    rows = [a_row(step=step, reward=reward) for step, reward in enumerate(rewards, start=20)]
     driver = shown([*rows, a_row("injected", 9, reward=0.0), a_row("guided", 10, reward=0.0)])
 
     def steps():
         return [int(place.split()[1]) for place in texts(driver, ".card .place")]
 
-    assert steps() == [10, 9, 3, 2, 1, 0]
-    for order, first in {"oldest": 0, "reward-high": 3, "reward-low": 2, "drawn": 10, "score": 9}.items():
+    assert steps() == [10, 9, 23, 22, 21, 20]  # groups without guidance come last
+    for order, first in {
+        "newest": 23,
+        "oldest": 9,
+        "reward-high": 23,
+        "reward-low": 22,
+        "drawn": 10,
+        "score": 9,
+    }.items():
         fill(driver, "#sort", order)
         assert steps()[0] == first
     fill(driver, "#sort", "reward-low")
-    assert steps()[-1] == 1  # nothing scored it
+    assert steps()[-1] == 21  # nothing scored it
 
 
 # ---- Hostile texts ---------------------------------------------------------------------------------------------------------------------

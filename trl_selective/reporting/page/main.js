@@ -49,7 +49,9 @@ function matcher() {
 }
 
 const drawnShare = (rollout) => (rollout.drawn ? sum(rollout.drawn) / rollout.drawn.length : -1);
+const isHelped = (rollout) => GROUPS.get(groupKey(rollout))[0].kind !== "on_policy";
 const ORDERS = {
+  guidance: (rollout) => (isHelped(rollout) ? -rollout.step : 1 / (1 + rollout.step)), // groups without any come last
   newest: (rollout) => -rollout.step,
   oldest: (rollout) => rollout.step,
   "reward-high": (rollout) => -(rollout.reward ?? -Infinity),

@@ -24,8 +24,8 @@ function visible(text) {
 
 function number(value, digits = 2) {
   if (value === null || value === undefined) return "–";
-  const rounded = Number(value.toFixed(digits));
-  return rounded === 0 && value !== 0 ? value.toPrecision(1) : String(rounded).replace("-", "−");
+  const rounded = Number.isInteger(value) ? String(value) : value.toFixed(digits);
+  return (Number(rounded) === 0 && value !== 0 ? value.toPrecision(1) : rounded).replace("-", "−");
 }
 
 function percent(value) {
