@@ -15,7 +15,9 @@ TOKENS = ["Let", " x", "\n", "", "é", " be", "<eos>"]
 HOSTILE = {
     "script": "<script>alert(1)</script>",
     "end": "</script><img src=x onerror=alert(2)>",
+    "end with a blank": "</script ><b>",
     "comment": "<!--<script>",
+    "comment with a blank": "<!--<script ",
     "entity": "&lt;b&gt; &amp;",
     "line separator": "a\u2028b",
     "quote": "\"'`${1}",
