@@ -85,6 +85,13 @@ def test_attributes(trainer, attribute, kind):
     assert isinstance(getattr(trainer, attribute), kind)
 
 
+def test_the_logs_are_the_last_generation_batch(trainer):
+    """trainer.py: `_batch_as_logged` copies these columns."""
+    assert {"prompt", "completion", "rewards", "advantages", "extra"} <= set(trainer._logs)
+    assert trainer._logs["prompt"].maxlen == trainer.args.generation_batch_size
+    assert trainer.log_completions is False
+
+
 def test_generation_context(trainer):
     """trainer.py: `_sample_guided` samples with the weights and in the mode that TRL samples."""
     assert "gather_deepspeed3_params" in inspect.signature(unwrap_model_for_generation).parameters
