@@ -17,6 +17,7 @@ from tests.training import EXPERT, POLICY, QUICKSTART, filler_reward, length_rew
 from trl_selective import SelectiveGuidanceGRPOConfig, SelectiveGuidanceGRPOTrainer
 from trl_selective.experts import on_device
 from trl_selective.functional import EntropyHistogram, guided_advantages, on_policy_advantages
+from trl_selective.reporting.rollouts import read_rollouts
 
 LOSS_TYPES = ["grpo", "bnpo", "dr_grpo", "dapo", "cispo", "sapo", "luspo", "vespo"]
 
@@ -618,7 +619,7 @@ from tests.processes import leave
 from tests.test_trainer import Watched, expected_advantages
 from tests.training import length_reward, make_trainer
 trainer = make_trainer(sys.argv[1], trainer_class=Watched, max_steps=3, per_device_train_batch_size=8, entropy_threshold_init=None,
-                       reward_funcs=length_reward)
+                       reward_funcs=length_reward, log_completions=True)
 trainer.train()
 record = {
     "threshold": trainer._threshold.value,
@@ -670,3 +671,9 @@ def test_two_processes_agree_on_threshold_and_parameters(tmp_path):
     assert rewards.numel() == 8
     assert first["reward"] == second["reward"] == pytest.approx(rewards.mean().item())
     assert first["logged"] == pytest.approx(first["advantages"] + second["advantages"])
+    rows = read_rollouts(tmp_path, [3])
+    assert [(row["group"], row["row"]) for row in rows] == [(group, row) for group in range(4) for row in range(4)]
+    assert [row["advantage"] for row in rows] == pytest.approx(first["logged"])
+    guided = [row for row in rows if row["kind"] == "guided"]
+    assert len(guided) == 8
+    assert all("".join(row["tokens"]).removesuffix(" <eos>") == row["completion"] for row in guided)

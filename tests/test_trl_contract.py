@@ -20,6 +20,7 @@ HOOKS = {
     "_calculate_rewards": ("self", "inputs", "prompts", "completions", "completion_ids_list"),
     "_compute_loss": ("self", "model", "inputs"),
     "_log_completion_extra": ("self", "column", "values"),
+    "log": ("self", "logs", "start_time"),
     "_save_optimizer_and_scheduler": ("self", "output_dir"),
     "_save_rng_state": ("self", "output_dir"),
     "_load_optimizer_and_scheduler": ("self", "checkpoint"),
@@ -50,7 +51,7 @@ def test_every_override_exists_in_trl():
            "_sum_over_processes", "_plan_batch", "_entropy_threshold", "_guidance_coef", "_can_sample_together", "_sample_guided", "_expert_at_hand", "_inject",
            "_score_completions", "_decode", "_policy_logps", "_log_last_injected", "_behaviour_logps", "_log_columns",
            "_rewards_by_group", "_was_guided", "_apply_guidance", "_label_rows", "_bind_to_policy", "_log_batch",
-           "_rollout_metrics", "_injection_metrics", "_training_run"}  # fmt: skip
+           "_rollout_metrics", "_injection_metrics", "_batch_as_logged", "_training_run"}  # fmt: skip
     ours = {name for name, value in vars(SelectiveGuidanceGRPOTrainer).items() if inspect.isfunction(value)} - own
     assert not {name for name in ours if not hasattr(GRPOTrainer, name)}
     assert not {name for name in own if hasattr(GRPOTrainer, name)}  # and ours must not shadow one of theirs
@@ -85,6 +86,13 @@ def test_attributes(trainer, attribute, kind):
     """trainer.py: `_set_up_guidance`, `_render`, `_can_sample_together`, `_sample_guided`, `_score_completions`, `_apply_guidance` and `_log_batch` read them."""
     assert hasattr(trainer, attribute)
     assert isinstance(getattr(trainer, attribute), kind)
+
+
+def test_the_logs_are_the_last_generation_batch(trainer):
+    """trainer.py: `_batch_as_logged` copies these columns."""
+    assert {"prompt", "completion", "rewards", "advantages", "extra"} <= set(trainer._logs)
+    assert trainer._logs["prompt"].maxlen == trainer.args.generation_batch_size
+    assert trainer.log_completions is False
 
 
 def test_generation_context(trainer):

@@ -51,6 +51,7 @@ from trl_selective.reporting.metrics import (
     rollout_metrics,
     rollout_sums,
 )
+from trl_selective.reporting.rollouts import LoggedBatch, rollout_rows, write_rollouts
 from trl_selective.rollout import GuidedRollout
 from trl_selective.sampling import make_sampler
 from trl_selective.selection import Selector, Trigger, make_selector, make_trigger
@@ -145,6 +146,7 @@ class SelectiveGuidanceGRPOTrainer(GRPOTrainer):
         self._loss_inputs: dict | None = None  # while the loss of a micro-batch is computed
         self._loss_sums: torch.Tensor | None = None  # what `_bind_to_policy` adds up in that micro-batch
         self._last_injected: list[tuple] | None = None  # prompts and completions, until the policy was updated
+        self._logged_batch: LoggedBatch | None = None  # the last one, until it was written
         self._check_policy()
         if needs_expert:
             self._set_up_expert(expert_model, expert_processing_class)
@@ -301,11 +303,13 @@ class SelectiveGuidanceGRPOTrainer(GRPOTrainer):
 
     def _generate_and_score_completions(self, inputs):
         self._batch = self._plan_batch(inputs)
-        if self._batch is None:
-            return super()._generate_and_score_completions(inputs)
         try:
             output = super()._generate_and_score_completions(inputs)
-            return self._apply_guidance(output, self._batch)
+            if self._batch is not None:
+                output = self._apply_guidance(output, self._batch)
+            if self.log_completions and self._settings_in_use() and self.model.training:
+                self._logged_batch = self._batch_as_logged(len(inputs), self._batch)
+            return output
         finally:
             self._batch = None
 
@@ -729,6 +733,37 @@ class SelectiveGuidanceGRPOTrainer(GRPOTrainer):
             if learner.model.num_outcomes:
                 metrics["guidance/injection/calibration_error"] = learner.model.calibration_error()
         return metrics
+
+    def _batch_as_logged(self, num_rows: int, batch: GuidedBatch | None) -> LoggedBatch:
+        """What TRL's logs hold of this batch, with what they do not: who drew the tokens. Without a `batch`, all rows are on-policy."""
+        logs = self._logs
+        rewards_per_func = {name: list(values) for name, values in logs["rewards"].items()}
+        by_row = torch.tensor([rewards_per_func[name] for name in self.reward_func_names]).T
+        return LoggedBatch(
+            prompts=list(logs["prompt"]),
+            completions=list(logs["completion"]),
+            rewards=total_reward(by_row, self.reward_weights.cpu()).tolist(),
+            rewards_per_func=rewards_per_func,
+            advantages=list(logs["advantages"]),
+            num_generations=self.num_generations,
+            entropy_threshold=batch.entropy_threshold if batch else None,
+            guidance_coef=batch.coef if batch else self._guidance_coef(),
+            extra={column: list(values) for column, values in logs["extra"].items()},
+            num_rows=num_rows,
+            rollout=batch.rollout if batch else None,
+            guided_rows=batch.guided_rows if batch else [],
+        )
+
+    def log(self, logs, start_time=None):
+        super().log(logs, start_time)
+        batch = self._logged_batch
+        if batch is None or not self.model.training:
+            return
+        self._logged_batch = None
+        records = gather_object(batch.token_records(self._tokenizer.decode))
+        if self.accelerator.is_main_process:
+            render = partial(self._render, add_generation_prompt=True)
+            write_rollouts(rollout_rows(batch, self.state.global_step, records, render), self.args.output_dir)
 
     # ---- Checkpoints -------------------------------------------------------------------------------------------------------------------
 

@@ -3,9 +3,9 @@
 import argparse
 from collections.abc import Sequence
 
-from trl_selective.reporting import adoption, dynamics, pass_at_k
+from trl_selective.reporting import adoption, dynamics, pass_at_k, viewer
 
-COMMANDS = (dynamics, pass_at_k, adoption)  # each has `add_command`, which sets the function that runs it
+COMMANDS = (dynamics, pass_at_k, adoption, viewer)  # each has `add_command`, which sets the function that runs it
 
 
 def main(argv: Sequence[str] | None = None) -> None:
