@@ -764,14 +764,21 @@ class SelectiveGuidanceGRPOTrainer(GRPOTrainer):
         if not self.is_world_process_zero():
             return
         try:
-            problem = save_training_dynamics(self.state.log_history, self.args.output_dir)
-            if problem and 0 < self.state.max_steps <= self.state.global_step:
-                warnings.warn(f"No picture of the training dynamics: {problem}", stacklevel=2)
+            self._save_picture()
             if self._settings_in_use():
                 extend_card(self.args.output_dir, self._training_run())
                 add_evaluation(self.args.output_dir)
         except Exception as error:  # noqa: BLE001  no card is worth a training run
-            warnings.warn(f"The model card says less than it could: {error}", stacklevel=2)
+            warnings.warn(f"The model card says less than it could: {type(error).__name__}: {error}", stacklevel=2)
+
+    def _save_picture(self) -> None:
+        """Save the picture of the training dynamics, unless a checkpoint is being pushed: what is on its way must not change."""
+        push = getattr(self, "push_in_progress", None)
+        if push is not None and not push.is_done():
+            return
+        problem = save_training_dynamics(self.state.log_history, self.args.output_dir)
+        if problem and 0 < self.state.max_steps <= self.state.global_step:
+            warnings.warn(f"No picture of the training dynamics: {problem}", stacklevel=3)
 
     def _training_run(self) -> TrainingRun:
         """What the card tells of this run."""

@@ -4,10 +4,12 @@ import json
 import re
 import sys
 import warnings
+from concurrent.futures import Future
 from pathlib import Path
 
 import pytest
 from huggingface_hub import ModelCard, constants
+from transformers.utils import PushInProgress
 from trl import GRPOTrainer
 
 from tests.hub import TOKEN, Hub
@@ -258,6 +260,19 @@ def test_without_matplotlib(tmp_path, monkeypatch):
     card = (tmp_path / "README.md").read_text()
     assert "### What guidance did" in card
     assert "training_dynamics.png" not in card
+
+
+def test_a_picture_that_is_being_uploaded_does_not_change(tmp_path):
+    trainer = make_trainer(tmp_path, max_steps=1)
+    trainer.train()
+    picture, push = tmp_path / "training_dynamics.png", Future()
+    picture.write_bytes(b"on its way")
+    trainer.push_in_progress = PushInProgress([push])
+    assert "(training_dynamics.png)" in card_of(trainer)
+    assert picture.read_bytes() == b"on its way"
+    push.set_result(None)
+    trainer.create_model_card(model_name="walker")
+    assert picture.read_bytes() != b"on its way"
 
 
 @pytest.mark.parametrize(
