@@ -108,10 +108,11 @@ def test_no_key_arrives(pushed):
     """Not even the one in the arguments, which the trainer saves beside the model."""
     for files in pushed[0].repos.values():
         assert TOKEN.encode() not in b"".join(files.values())
-    args = SelectiveGuidanceGRPOConfig("out", hub_token=TOKEN, use_cpu=True, bf16=False)
-    assert args.hub_token == TOKEN
-    assert pickle.loads(pickle.dumps(args)).hub_token is None
-    assert pickle.loads(pickle.dumps(args)).output_dir == "out"
+    keys = {"hub_token": TOKEN, "model_init_kwargs": {"token": TOKEN, "dtype": "float32"}}
+    args = SelectiveGuidanceGRPOConfig("out", use_cpu=True, bf16=False, **keys)
+    saved = pickle.loads(pickle.dumps(args))
+    assert (saved.output_dir, saved.hub_token, saved.model_init_kwargs) == ("out", None, {"dtype": "float32"})
+    assert (args.hub_token, args.model_init_kwargs["token"]) == (TOKEN, TOKEN)
 
 
 def test_without_guidance_it_is_trls_push(pushed):

@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 from huggingface_hub import ModelCard, constants
 from transformers.utils import PushInProgress
-from trl import GRPOTrainer
+from trl import GRPOConfig, GRPOTrainer
 
 from tests.hub import TOKEN, Hub
 from tests.training import (
@@ -23,6 +23,7 @@ from tests.training import (
     make_plain_trainer,
     make_trainer,
 )
+from trl_selective import SelectiveGuidanceGRPOConfig, SelectiveGuidanceGRPOTrainer
 
 RESULTS = {
     "model": "/home/me/out",
@@ -70,6 +71,7 @@ def folder(tmp_path_factory):
     expert = {"expert_model_init_kwargs": {"token": TOKEN}}
     trainer = make_trainer(folder, **settings, **expert, hub_token=TOKEN)
     trainer.train()
+    trainer.save_model()
     trainer.save_state()
     write_results(folder)
     trainer.create_model_card(model_name="walker", dataset_name="someone/paths", tags="maze")
@@ -239,12 +241,15 @@ def test_luffy_is_called_so(tmp_path):
 
 
 def test_without_guidance_it_is_trls_card(tmp_path):
-    ours, theirs = (
-        card_of(make_plain_trainer(tmp_path / name, trainer_class))
-        for name, trainer_class in (("ours", type(make_trainer(tmp_path / "any"))), ("theirs", GRPOTrainer))
-    )
-    assert ModelCard(ours).text == ModelCard(theirs).text
-    assert set(ModelCard(ours).data.tags) == set(ModelCard(theirs).data.tags)
+    """With our settings and with TRL's."""
+    theirs = ModelCard(card_of(make_plain_trainer(tmp_path / "theirs", GRPOTrainer)))
+    for config_class in (SelectiveGuidanceGRPOConfig, GRPOConfig):
+        trainer = make_plain_trainer(tmp_path / "ours", SelectiveGuidanceGRPOTrainer, config_class)
+        with warnings.catch_warnings():
+            warnings.simplefilter("error")
+            ours = ModelCard(card_of(trainer))
+        assert ours.text == theirs.text
+        assert set(ours.data.tags) == set(theirs.data.tags)
 
 
 def test_without_matplotlib(tmp_path, monkeypatch):
