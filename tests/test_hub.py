@@ -25,7 +25,7 @@ from tests.training import make_plain_trainer, make_trainer
 from trl_selective import SelectiveGuidanceGRPOTrainer
 
 folder, token = sys.argv[1:]
-trainer = make_trainer(f"{folder}/walker", max_steps=2, save_strategy="steps", save_steps=1, hub_private_repo=True)
+trainer = make_trainer(f"{folder}/walker", max_steps=2, save_strategy="steps", save_steps=1, hub_private_repo=True, pictures=True)
 trainer.train()
 trainer.push_to_hub(dataset_name="someone/paths")
 ModelCard.load("someone/walker").validate()
@@ -33,11 +33,11 @@ generator = pipeline("text-generation", model="someone/walker")
 print("ANSWER", generator("2 7 8 13 17 20 25 28 33 0 > 21 :", max_new_tokens=9, return_full_text=False)[0]["generated_text"])
 
 pushing = {"push_to_hub": True, "hub_model_id": "lab/walker", "hub_token": token, "hub_always_push": True}
-trainer = make_trainer(f"{folder}/checkpoints", **pushing, max_steps=3, save_strategy="steps", save_steps=2)
+trainer = make_trainer(f"{folder}/checkpoints", **pushing, max_steps=3, save_strategy="steps", save_steps=2, pictures=True)
 trainer.train()
 trainer.push_to_hub()
 
-trainer = make_plain_trainer(f"{folder}/plain", SelectiveGuidanceGRPOTrainer, max_steps=1)
+trainer = make_plain_trainer(f"{folder}/plain", SelectiveGuidanceGRPOTrainer, max_steps=1, pictures=True)
 trainer.train()
 trainer.push_to_hub()
 """
@@ -108,10 +108,11 @@ def test_no_key_arrives(pushed):
     """Not even the one in the arguments, which the trainer saves beside the model."""
     for files in pushed[0].repos.values():
         assert TOKEN.encode() not in b"".join(files.values())
-    args = SelectiveGuidanceGRPOConfig("out", hub_token=TOKEN, use_cpu=True, bf16=False)
-    assert args.hub_token == TOKEN
-    assert pickle.loads(pickle.dumps(args)).hub_token is None
-    assert pickle.loads(pickle.dumps(args)).output_dir == "out"
+    keys = {"hub_token": TOKEN, "model_init_kwargs": {"token": TOKEN, "dtype": "float32"}}
+    args = SelectiveGuidanceGRPOConfig("out", use_cpu=True, bf16=False, **keys)
+    saved = pickle.loads(pickle.dumps(args))
+    assert (saved.output_dir, saved.hub_token, saved.model_init_kwargs) == ("out", None, {"dtype": "float32"})
+    assert (args.hub_token, args.model_init_kwargs["token"]) == (TOKEN, TOKEN)
 
 
 def test_without_guidance_it_is_trls_push(pushed):

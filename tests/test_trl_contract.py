@@ -51,7 +51,7 @@ def test_every_override_exists_in_trl():
            "_sum_over_processes", "_plan_batch", "_entropy_threshold", "_guidance_coef", "_can_sample_together", "_sample_guided", "_expert_at_hand", "_inject",
            "_score_completions", "_decode", "_policy_logps", "_log_last_injected", "_behaviour_logps", "_log_columns",
            "_rewards_by_group", "_was_guided", "_apply_guidance", "_label_rows", "_bind_to_policy", "_log_batch",
-           "_rollout_metrics", "_injection_metrics", "_batch_as_logged", "_training_run"}  # fmt: skip
+           "_rollout_metrics", "_injection_metrics", "_batch_as_logged", "_training_run", "_save_picture"}  # fmt: skip
     ours = {name for name, value in vars(SelectiveGuidanceGRPOTrainer).items() if inspect.isfunction(value)} - own
     assert not {name for name in ours if not hasattr(GRPOTrainer, name)}
     assert not {name for name in own if hasattr(GRPOTrainer, name)}  # and ours must not shadow one of theirs

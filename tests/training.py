@@ -8,7 +8,6 @@ from datasets import Dataset
 from trl import GRPOConfig
 
 from trl_selective import SelectiveGuidanceGRPOConfig, SelectiveGuidanceGRPOTrainer
-from trl_selective.reporting.callback import TrainingDynamicsCallback
 
 QUICKSTART = Path(__file__).parents[1] / "recipes" / "quickstart"
 POLICY, EXPERT = str(QUICKSTART / "policy"), str(QUICKSTART / "expert")
@@ -92,7 +91,7 @@ def make_trainer(
         init["expert_model"] = expert_model
     trainer = trainer_class(model, reward_funcs, args, train_dataset or path_dataset(), **init)
     if not pictures:  # they take longer than the run
-        trainer.remove_callback(TrainingDynamicsCallback)
+        trainer._save_picture = lambda: None
     return trainer
 
 

@@ -307,7 +307,11 @@ class SelectiveGuidanceGRPOConfig(GRPOConfig):
 
     def __getstate__(self) -> dict[str, Any]:
         """Copies and pickles carry no key: the trainer saves the arguments beside the model, and pushes that folder to the Hub."""
-        return {**self.__dict__, "hub_token": None}
+        state = {**self.__dict__, "hub_token": None}
+        for name in ("model_init_kwargs", "expert_model_init_kwargs"):
+            if isinstance(state[name], dict):
+                state[name] = {key: value for key, value in state[name].items() if key != "token"}
+        return state
 
     def _fill_unset(self) -> set[str]:
         """Fill what is None from the preset, then from the defaults. Returns the names that the user set."""

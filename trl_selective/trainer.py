@@ -6,6 +6,7 @@ Nothing of TRL is copied: every override does its part before or after `super()`
 
 import copy
 import inspect
+import logging
 import time
 import warnings
 from collections import defaultdict
@@ -39,9 +40,9 @@ from trl_selective.functional.advantages import mixed_group_advantages, reward_s
 from trl_selective.functional.importance import injected_importance_weight
 from trl_selective.guided_batch import GuidedBatch
 from trl_selective.injection import Injection, Injector, SampledBatch
-from trl_selective.reporting.callback import TrainingDynamicsCallback, save_training_dynamics
 from trl_selective.reporting.card import TrainingRun, add_evaluation, extend_card
 from trl_selective.reporting.card_method import method
+from trl_selective.reporting.dynamics import save_training_dynamics
 from trl_selective.reporting.metrics import (
     importance_metrics,
     importance_ratio_p99,
@@ -59,6 +60,7 @@ from trl_selective.state import STATE_FILE, saved_state, write_state
 from trl_selective.threshold import EntropyThreshold
 from trl_selective.trl_versions import warn_of_newer_trl
 
+logger = logging.getLogger(__name__)
 warn_of_newer_trl(trl.__version__)
 
 NUM_PROBED = 4  # injected rows of each process whose log-probability is looked at again after the update
@@ -141,7 +143,6 @@ class SelectiveGuidanceGRPOTrainer(GRPOTrainer):
 
         super().__init__(model, reward_funcs, args, *trl_args, **trl_kwargs)
 
-        self.add_callback(TrainingDynamicsCallback())
         self._batch: GuidedBatch | None = None  # while a guided batch is generated and scored
         self._loss_inputs: dict | None = None  # while the loss of a micro-batch is computed
         self._loss_sums: torch.Tensor | None = None  # what `_bind_to_policy` adds up in that micro-batch
@@ -769,9 +770,12 @@ class SelectiveGuidanceGRPOTrainer(GRPOTrainer):
 
     def train(self, resume_from_checkpoint: str | bool | None = None, *args, **kwargs):
         """As [`~transformers.Trainer.train`], but `resume_from_checkpoint=True` goes on from the last checkpoint that was written to its
-        end, and one that was not is refused."""
+        end, and one that was not is refused. Leaves `training_dynamics.png` in the output folder, where matplotlib is installed."""
         resume_from_checkpoint = checkpoint_to_resume(resume_from_checkpoint, self.args.output_dir)
-        return super().train(resume_from_checkpoint, *args, **kwargs)
+        output = super().train(resume_from_checkpoint, *args, **kwargs)
+        if self.is_world_process_zero() and (problem := self._save_picture()):
+            logger.warning("No picture of the training dynamics: %s", problem)
+        return output
 
     def _save_rng_state(self, output_dir):
         super()._save_rng_state(output_dir)
@@ -817,12 +821,20 @@ class SelectiveGuidanceGRPOTrainer(GRPOTrainer):
         if not self.is_world_process_zero():
             return
         try:
-            save_training_dynamics(self.state.log_history, self.args.output_dir)
+            self._save_picture()
             if self._settings_in_use():
                 extend_card(self.args.output_dir, self._training_run())
                 add_evaluation(self.args.output_dir)
         except Exception as error:  # noqa: BLE001  no card is worth a training run
-            warnings.warn(f"The model card says less than it could: {error}", stacklevel=2)
+            warnings.warn(f"The model card says less than it could: {type(error).__name__}: {error}", stacklevel=2)
+
+    def _save_picture(self) -> str | None:
+        """Save the picture of the training dynamics, unless a checkpoint is being pushed: what is on its way must not change. Returns what
+        kept it from being drawn."""
+        push = getattr(self, "push_in_progress", None)
+        if push is not None and not push.is_done():
+            return None
+        return save_training_dynamics(self.state.log_history, self.args.output_dir)
 
     def _training_run(self) -> TrainingRun:
         """What the card tells of this run."""

@@ -189,7 +189,7 @@ def test_a_run_resumes_and_needs_no_logs(tmp_path):
     steps = ("--max_steps", "3", "--logging_strategy", "no")
     result = launch(tmp_path, *steps, "--save_strategy", "steps", "--save_steps", "2")
     assert result.returncode == 0, result.stderr[-3000:]
-    assert "No training_dynamics.png: None of the runs" in result.stderr
+    assert "No picture of the training dynamics: None of the runs" in result.stderr
     out = tmp_path / "out"
     expected = load_file(out / "model.safetensors")
     shutil.rmtree(out / "checkpoint-3")

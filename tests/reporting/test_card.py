@@ -3,11 +3,14 @@
 import json
 import re
 import sys
+import warnings
+from concurrent.futures import Future
 from pathlib import Path
 
 import pytest
 from huggingface_hub import ModelCard, constants
-from trl import GRPOTrainer
+from transformers.utils import PushInProgress
+from trl import GRPOConfig, GRPOTrainer
 
 from tests.hub import TOKEN, Hub
 from tests.training import (
@@ -20,6 +23,7 @@ from tests.training import (
     make_plain_trainer,
     make_trainer,
 )
+from trl_selective import SelectiveGuidanceGRPOConfig, SelectiveGuidanceGRPOTrainer
 
 RESULTS = {
     "model": "/home/me/out",
@@ -65,8 +69,9 @@ def folder(tmp_path_factory):
     folder = tmp_path_factory.mktemp("guided")
     settings = {"preset": "mentor", "guidance_schedule": "cosine", "guidance_steps": 0.5, "max_steps": 4}
     expert = {"expert_model_init_kwargs": {"token": TOKEN}}
-    trainer = make_trainer(folder, **settings, **expert, hub_token=TOKEN)
+    trainer = make_trainer(folder, **settings, **expert, hub_token=TOKEN, pictures=True)
     trainer.train()
+    trainer.save_model()
     trainer.save_state()
     write_results(folder)
     trainer.create_model_card(model_name="walker", dataset_name="someone/paths", tags="maze")
@@ -236,24 +241,40 @@ def test_luffy_is_called_so(tmp_path):
 
 
 def test_without_guidance_it_is_trls_card(tmp_path):
-    ours, theirs = (
-        card_of(make_plain_trainer(tmp_path / name, trainer_class))
-        for name, trainer_class in (("ours", type(make_trainer(tmp_path / "any"))), ("theirs", GRPOTrainer))
-    )
-    assert ModelCard(ours).text == ModelCard(theirs).text
-    assert set(ModelCard(ours).data.tags) == set(ModelCard(theirs).data.tags)
+    """With our settings and with TRL's."""
+    theirs = ModelCard(card_of(make_plain_trainer(tmp_path / "theirs", GRPOTrainer)))
+    for config_class in (SelectiveGuidanceGRPOConfig, GRPOConfig):
+        trainer = make_plain_trainer(tmp_path / "ours", SelectiveGuidanceGRPOTrainer, config_class)
+        with warnings.catch_warnings():
+            warnings.simplefilter("error")
+            ours = ModelCard(card_of(trainer))
+        assert ours.text == theirs.text
+        assert set(ours.data.tags) == set(theirs.data.tags)
 
 
 def test_without_matplotlib(tmp_path, monkeypatch, caplog):
     monkeypatch.setitem(sys.modules, "matplotlib.figure", None)
     make_trainer(tmp_path, max_steps=2, save_strategy="steps", save_steps=1, pictures=True).train()
-    told = [record.getMessage() for record in caplog.records if "No training_dynamics.png" in record.getMessage()]
+    told = [record.getMessage() for record in caplog.records if "No picture" in record.getMessage()]
     assert told == [
-        'No training_dynamics.png: Plots need matplotlib: pip install "trl-selective[plots]".'
+        'No picture of the training dynamics: Plots need matplotlib: pip install "trl-selective[plots]".'
     ]  # at the end
     card = (tmp_path / "README.md").read_text()
     assert "### What guidance did" in card
     assert "![Training dynamics]" not in card
+
+
+def test_a_picture_that_is_being_uploaded_does_not_change(tmp_path):
+    trainer = make_trainer(tmp_path, max_steps=1, pictures=True)
+    trainer.train()
+    picture, push = tmp_path / "training_dynamics.png", Future()
+    picture.write_bytes(b"on its way")
+    trainer.push_in_progress = PushInProgress([push])
+    assert "(training_dynamics.png)" in card_of(trainer)
+    assert picture.read_bytes() == b"on its way"
+    push.set_result(None)
+    trainer.create_model_card(model_name="walker")
+    assert picture.read_bytes() != b"on its way"
 
 
 @pytest.mark.parametrize(

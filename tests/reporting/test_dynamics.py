@@ -12,7 +12,6 @@ from matplotlib import image
 from tests.reporting.figures import names, panels, points
 from tests.training import make_trainer
 from trl_selective.reporting.__main__ import main
-from trl_selective.reporting.callback import TrainingDynamicsCallback
 from trl_selective.reporting.dynamics import read_log_history
 
 ROOT = Path(__file__).parents[2]
@@ -43,37 +42,29 @@ def write_state(folder, steps):
 
 
 def test_the_picture_at_the_end_of_training(trained, drawn):
-    """By the callback: it is there, and shows all steps of this run."""
+    """It is there, and shows all steps of this run."""
     path = Path(trained.args.output_dir, "training_dynamics.png")
     assert image.imread(path).std() > 0
-    TrainingDynamicsCallback().on_train_end(trained.args, trained.state, trained.control)
+    assert trained._save_picture() is None
     assert drawn[0].get_suptitle() == "guided"
     rewards = points(panels(drawn[0])["reward of the policy"].lines[0])
     assert rewards == [(entry["step"], entry["reward"]) for entry in trained.state.log_history[:3]]
     assert "guidance coefficient" in panels(drawn[0])
 
 
-def test_other_processes_draw_nothing(trained, drawn):
-    trained.state.is_world_process_zero = False
-    TrainingDynamicsCallback().on_train_end(trained.args, trained.state, trained.control)
-    trained.state.is_world_process_zero = True
+def test_other_processes_draw_nothing(tmp_path, drawn, monkeypatch):
+    trainer = make_trainer(tmp_path, max_steps=1, pictures=True)
+    monkeypatch.setattr(trainer, "is_world_process_zero", lambda: False)
+    trainer.train()
     assert not drawn
-
-
-def test_training_does_not_fail_without_matplotlib(trained, without_matplotlib, caplog):
-    TrainingDynamicsCallback().on_train_end(trained.args, trained.state, trained.control)
-    (record,) = caplog.records
-    assert (
-        record.getMessage() == 'No training_dynamics.png: Plots need matplotlib: pip install "trl-selective[plots]".'
-    )
 
 
 def test_training_does_not_fail_where_nothing_was_logged(tmp_path, caplog):
     trainer = make_trainer(tmp_path / "a", max_steps=1, logging_strategy="no", pictures=True)
     trainer.train()
     assert not (tmp_path / "a" / "training_dynamics.png").exists()
-    (record,) = [record for record in caplog.records if record.name == "trl_selective.reporting.callback"]
-    assert "No training_dynamics.png: None of the runs ['a'] logged a metric" in record.getMessage()
+    (record,) = [record for record in caplog.records if record.name == "trl_selective.trainer"]
+    assert "No picture of the training dynamics: None of the runs ['a'] logged a metric" in record.getMessage()
 
 
 def test_command_on_a_run_that_has_not_ended(run, tmp_path):

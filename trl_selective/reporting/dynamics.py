@@ -1,12 +1,23 @@
 """The command `dynamics`: how training runs went, from their output folders."""
 
 import argparse
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 from trl_selective.reporting.inputs import NAMED, add_output, named_paths, read_json
 from trl_selective.reporting.plots import plot_training_dynamics
 
 FILE, STATE = "training_dynamics.png", "trainer_state.json"
+
+
+def save_training_dynamics(log_history: Sequence[Mapping], output_dir: str | Path) -> str | None:
+    """Save the picture of a run in its output folder. Returns why there is none, where there is none."""
+    path = Path(output_dir, FILE)
+    try:
+        plot_training_dynamics({path.resolve().parent.name: log_history}, path)
+    except Exception as error:  # noqa: BLE001  no matplotlib, nothing logged, a full disk: no reason to lose a run
+        return str(error)
+    return None
 
 
 def read_log_history(run: Path) -> list[dict]:
