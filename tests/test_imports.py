@@ -19,6 +19,8 @@ PARTS = [
     "functional",
     "rollout",
     "grading",
+    "grading_pool",
+    "resuming",
     "sampling",
     "experts",
     "selection",
