@@ -8,6 +8,7 @@ This file is also the program of those processes (`python -m trl_selective.gradi
 """
 
 import importlib
+import logging
 import os
 import pickle
 import queue
@@ -170,6 +171,7 @@ def _try(function: Callable, arguments: Mapping[str, Any]) -> tuple[float | None
 
 def _main(module: str, name: str, timeout: str) -> None:
     """Serve outside the main thread, where Math-Verify sets no timer of its own, which would replace ours."""
+    logging.disable(logging.WARNING)  # Math-Verify's, at every call, that it has no timer
     answers = os.fdopen(os.dup(1), "wb")
     os.dup2(2, 1)  # what the function prints must not get between the answers
     thread = threading.Thread(target=_serve, args=(module, name, float(timeout), answers), daemon=True)

@@ -5,6 +5,7 @@ the usual ones, whose numbers of problems (`num_problems`) are those of the lite
 """
 
 import random
+import re
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from string import ascii_uppercase
@@ -20,6 +21,7 @@ AVG_32 = SamplingProtocol(
     num_samples=32, temperature=0.6
 )  # exams of 30 to 83 problems, which one sample each would leave to chance
 
+SCIENTIFIC = re.compile(r"(?<![\w.])(-?[\d.]+)[eE]\+?(-?\d+)\b")
 MATH = "Please reason step by step, and put your final answer within \\boxed{}."
 CHOICE = "Please reason step by step, and put the letter of the right option within \\boxed{}."
 
@@ -59,6 +61,11 @@ def plain(prompt: str, answer: str) -> dict[str, Any]:
     return {"columns": (prompt, answer), "convert": convert}
 
 
+def minerva(row: Row, index: int) -> tuple[str, str]:
+    """Math-Verify reads `2e33` as 2 times e times 33."""
+    return row["question"], SCIENTIFIC.sub(r"\1 \\times 10^{\2}", row["answer"])
+
+
 def olympiad(row: Row, index: int) -> tuple[str, str]:
     """Several answers of one problem are given as one list."""
     return row["question"], ", ".join(answer.strip().strip("$") for answer in row["final_answer"])
@@ -93,7 +100,7 @@ BENCHMARKS = {
     "aime24": Benchmark("HuggingFaceH4/aime_2024", None, "train", 30, **plain("problem", "answer"), protocol=AVG_32),
     "aime25": Benchmark("math-ai/aime25", None, "test", 30, **plain("problem", "answer"), protocol=AVG_32),
     "amc": Benchmark("AI-MO/aimo-validation-amc", None, "train", 83, **plain("problem", "answer"), protocol=AVG_32),
-    "minerva": Benchmark("math-ai/minervamath", None, "test", 272, **plain("question", "answer")),
+    "minerva": Benchmark("math-ai/minervamath", None, "test", 272, ("question", "answer"), minerva),
     "olympiadbench": Benchmark(
         "Hothan/OlympiadBench", "OE_TO_maths_en_COMP", "train", 674, ("question", "final_answer"), olympiad
     ),

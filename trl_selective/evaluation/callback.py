@@ -92,7 +92,9 @@ class PassAtKCallback(TrainerCallback):
         metrics = as_metrics(result)
         # Not `trainer.log`: that of GRPO would end the averages over `logging_steps` that it is collecting.
         state.log_history.append({**metrics, "step": state.global_step})
+        is_due = control.should_log  # the handler takes ours for the trainer's own
         self.trainer.callback_handler.on_log(args, state, control, metrics)
+        control.should_log = is_due
 
 
 def as_metrics(result: Evaluation) -> dict[str, float]:
