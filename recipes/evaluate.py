@@ -57,7 +57,7 @@ class RunArguments:
     output_dir: str | None = setting("Folder for completions and results; goes on with what is there.")
     backend: str = setting(f"What generates: {' or '.join(BACKENDS)}.", BACKENDS[0])
     batch_size: int | None = setting("Completions generated at once; default: 64, and 2048 with vLLM.")
-    vllm_init_kwargs: dict | str = setting("For `vllm.LLM`, as JSON, such as '{\"tensor_parallel_size\": 4}'.", {})
+    vllm_init_kwargs: str = setting("For `vllm.LLM`, as JSON, such as '{\"tensor_parallel_size\": 4}'.", "{}")
     grading_timeout: float = setting(
         "Seconds for grading one completion, each in a process of its own; those that take longer count as wrong and are listed. 0: grade whole "
         "batches here, without a limit.",

@@ -14,7 +14,7 @@ from trl_selective.rewards import boxed_accuracy_reward
 
 
 def setting(help: str, default: Any = None) -> Any:
-    if isinstance(default, (list, dict)):
+    if isinstance(default, list):
         return field(default_factory=default.copy, metadata={"help": help})
     return field(default=default, metadata={"help": help})
 

@@ -114,7 +114,7 @@ def test_what_cannot_work_is_refused(tmp_path, monkeypatch):
     trainer = make_trainer(tmp_path, settings=PLAIN)
     with pytest.raises(ValueError, match='would never run: every_n_steps is None and eval_strategy is "no"'):
         PassAtKCallback(trainer, path_dataset(1), path_reward)
-    with pytest.raises(ValueError, match="every_n_steps must be at least 1, .* got 0"):
+    with pytest.raises(ValueError, match=r"every_n_steps must be at least 1, .* got 0"):
         PassAtKCallback(trainer, path_dataset(1), path_reward, every_n_steps=0)
     monkeypatch.setattr(trainer, "is_fsdp_enabled", True)
     with pytest.raises(ValueError, match=r"only its share of the parameters under FSDP or ZeRO-3\. Train with DDP"):

@@ -105,7 +105,8 @@ class VllmBackend:
         settings, self.lora_request = {"revision": revision, **(init_kwargs or {})}, None
         if adapter := adapter_config(model, revision):
             self.lora_request = LoRARequest("adapter", 1, model)
-            settings |= {"enable_lora": True, "max_lora_rank": max(adapter.r, 8), "revision": adapter.revision}
+            rank = 1 << max(3, (adapter.r - 1).bit_length())  # vLLM takes powers of two from 8 on
+            settings |= {"enable_lora": True, "max_lora_rank": rank, "revision": adapter.revision}
             model = str(adapter.base_model_name_or_path)
         # Its own defaults for sampling are not used; its end tokens are.
         self.llm = LLM(model=model, generation_config="vllm", **settings)
