@@ -1,8 +1,15 @@
 """pass@k while training: what it logs, and that training does not notice."""
 
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
 import pytest
 import torch
 from peft import LoraConfig
+from safetensors.torch import load_file
 from transformers import AutoTokenizer, TrainerCallback
 
 from tests.training import EXPERT, GUIDED, PLAIN, make_trainer, path_dataset, path_reward
@@ -101,6 +108,37 @@ def test_other_processes_do_not_sample(tmp_path):
         trainer.state.is_world_process_zero = is_main
         callback.on_step_end(trainer.args, trainer.state, trainer.control)
         assert len(trainer.state.log_history) == is_main
+
+
+TWO_PROCESSES = """
+import sys
+from tests.training import make_trainer, path_dataset, path_reward
+from trl_selective import PassAtKCallback
+
+trainer = make_trainer(sys.argv[1], per_device_train_batch_size=8, ddp_find_unused_parameters=False)
+if sys.argv[2] == "watched":
+    trainer.add_callback(PassAtKCallback(trainer, path_dataset(6), path_reward, num_samples=4, every_n_steps=1))
+trainer.train()
+if trainer.is_world_process_zero():
+    trainer.save_model()
+    trainer.save_state()
+"""
+
+
+@pytest.mark.slow
+def test_two_processes_train_as_without_it(tmp_path):
+    """The second one waits for the first, which alone evaluates, and both go on as if nothing had happened."""
+    (tmp_path / "train.py").write_text(TWO_PROCESSES)
+    for name in ("plain", "watched"):
+        launch = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2"]
+        command = [*launch, str(tmp_path / "train.py"), str(tmp_path / name), name]
+        environment = {**os.environ, "PYTHONPATH": str(Path(__file__).parents[2])}
+        done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=200)
+        assert done.returncode == 0, done.stderr[-3000:]
+    plain, watched = (load_file(tmp_path / name / "model.safetensors") for name in ("plain", "watched"))
+    assert all(torch.equal(watched[name], value) for name, value in plain.items())
+    history = json.loads((tmp_path / "watched" / "trainer_state.json").read_text())["log_history"]
+    assert list(ours(history)) == [0, 1, 2, 3]
 
 
 def test_a_single_sample_has_no_pairs(tmp_path):
