@@ -20,6 +20,8 @@ PARTS = [
     "memory",
     "rollout",
     "grading",
+    "grading_pool",
+    "resuming",
     "sampling",
     "experts",
     "selection",

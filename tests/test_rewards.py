@@ -4,7 +4,7 @@ import threading
 
 import pytest
 
-from trl_selective.rewards import boxed_accuracy_reward, last_boxed, think_boxed_format_reward
+from trl_selective.rewards import boxed_accuracy_reward, boxed_choice_reward, last_boxed, think_boxed_format_reward
 
 
 @pytest.mark.parametrize(
@@ -39,6 +39,27 @@ def test_conversations_are_graded_by_their_last_message():
     for silent in ([], [{"role": "assistant", "content": None}]):
         assert boxed_accuracy_reward([silent], solution=["4"]) == [0.0]
         assert think_boxed_format_reward([silent]) == [0.0]
+
+
+@pytest.mark.parametrize(
+    ("completion", "solution", "reward"),
+    [
+        (r"\boxed{B}", "B", 1.0),
+        (r"\boxed{b}", "B", 1.0),
+        (r"\boxed{\textbf{(B)}}", "B", 1.0),
+        (r"\boxed{\text{B. } 4}", "B", 1.0),
+        (r"\boxed{ (B) }", " B ", 1.0),
+        (r"\boxed{A}, no: \boxed{B}", "B", 1.0),
+        (r"\boxed{A}", "B", 0.0),
+        (r"\boxed{Both}", "B", 0.0),  # a word, not a letter
+        (r"\boxed{\frac{1}{2}}", "F", 0.0),
+        ("The answer is B.", "B", 0.0),  # no box
+        (r"\boxed{B", "B", 0.0),
+        (r"\boxed{B}", None, None),
+    ],
+)
+def test_choices(completion, solution, reward):
+    assert boxed_choice_reward([completion], solution=[solution]) == [reward]
 
 
 def test_accuracy_outside_the_main_thread():

@@ -18,6 +18,19 @@ def as_completion(prompt: str | Conversation, text: str) -> str | list[dict[str,
     return text if isinstance(prompt, str) else [{"role": "assistant", "content": text}]
 
 
+def reward_arguments(
+    batch: Mapping[str, Sequence[Any]], texts: Sequence[str], completion_ids: Sequence[Sequence[int] | None]
+) -> dict[str, Any]:
+    """What TRL calls a reward function with: `prompts`, `completions`, `completion_ids`, and the other columns of the batch."""
+    prompts = batch["prompt"]
+    return {
+        "prompts": prompts,
+        "completions": [as_completion(prompt, text) for prompt, text in zip(prompts, texts, strict=True)],
+        "completion_ids": completion_ids,
+        **{name: values for name, values in batch.items() if name not in OWN_COLUMNS},
+    }
+
+
 def grade(
     reward_func: Callable,
     batch: Mapping[str, Sequence[Any]],
@@ -35,13 +48,7 @@ def grade(
     Raises:
         ValueError: if it returns another number of rewards.
     """
-    prompts = batch["prompt"]
-    rewards = reward_func(
-        prompts=prompts,
-        completions=[as_completion(prompt, text) for prompt, text in zip(prompts, texts, strict=True)],
-        completion_ids=completion_ids,
-        **{name: values for name, values in batch.items() if name not in OWN_COLUMNS},
-    )
+    rewards = reward_func(**reward_arguments(batch, texts, completion_ids))
     if len(rewards) != len(texts):
         raise ValueError(
             f"The reward function {reward_func.__name__!r} returned {len(rewards)} rewards for {len(texts)} completions. Have it return one "

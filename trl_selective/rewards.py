@@ -13,6 +13,7 @@ Completion = str | Sequence[dict]
 BOXED = "\\boxed{"
 BRACE = re.compile(r"\\.|[{}]", re.DOTALL)  # an escaped one, as in `\{1, 2\}`, opens and closes nothing
 FULL_STOP = re.compile(r"\s*[.,]\s*}$")  # `\boxed{5.}`
+CHOICE = re.compile(r"\\boxed\{[\s$(]*(?:\\(?:text|textbf|mathrm|mathbf)\{)*[\s(]*(?P<letter>[A-Za-z])(?![A-Za-z0-9])")
 ONE_THOUGHT = re.compile(r"\s*<think>(?:(?!</?think>).)*</think>(?P<answer>(?:(?!</?think>).)*)", re.DOTALL)
 
 
@@ -53,6 +54,28 @@ def boxed_accuracy_reward(
             answer = FULL_STOP.sub("}", answer)
             rewards.append(float(verify(gold, read(answer), timeout_seconds=5 if in_main_thread else None)))
     return rewards
+
+
+def boxed_choice_reward(completions: list[Completion], solution: list[str | None], **kwargs) -> list[float | None]:
+    r"""1 if the last `\boxed{}` of a completion names the right option of a multiple-choice question, else 0.
+
+    Args:
+        completions: texts, or conversations whose last message is the answer.
+        solution: the letter of each.
+
+    Returns:
+        One reward per completion; None where the solution is missing.
+
+    Example:
+        >>> boxed_choice_reward([r"\boxed{B}", r"\boxed{\text{(B) } 4}", r"\boxed{Because}"], solution=["B", "B", "B"])
+        [1.0, 1.0, 0.0]
+    """
+    boxes = [last_boxed(answer_text(completion)) for completion in completions]
+    letters = [CHOICE.match(box) if box else None for box in boxes]
+    return [
+        None if right is None else float(letter is not None and letter["letter"].upper() == right.strip().upper())
+        for letter, right in zip(letters, solution, strict=True)
+    ]
 
 
 def think_boxed_format_reward(completions: list[Completion], **kwargs) -> list[float]:

@@ -14,23 +14,10 @@ from pathlib import Path
 import numpy as np
 import torch
 
+from trl_selective.evaluation import Estimate, bootstrap
 from trl_selective.functional.diversity import pass_at_k
 
-DRAWS = 4000
 KS = (1, 2, 4, 8, 16, 32, 64)
-
-
-@dataclass(frozen=True)
-class Estimate:
-    """A mean with its 95 % interval."""
-
-    mean: float
-    low: float
-    high: float
-
-    def text(self, scale: float = 1.0, digits: int = 1, sign: str = "") -> str:
-        mean, low, high = (f"{scale * value:{sign}.{digits}f}" for value in (self.mean, self.low, self.high))
-        return f"{mean} [{low}, {high}]"
 
 
 @dataclass(frozen=True)
@@ -51,20 +38,6 @@ class Arm:
         """The paired difference, over the seeds that both have."""
         ours, theirs = self.table(value), other.table(value)
         return bootstrap(np.stack([ours[seed] - theirs[seed] for seed in ours if seed in theirs]))
-
-
-def bootstrap(values: np.ndarray) -> Estimate:
-    """Of the mean of `values` (seeds x problems, NaN where a problem has no value), over both; NaN if none has."""
-    rng = np.random.default_rng(0)
-    seeds, problems = values.shape
-    weights = [rng.multinomial(size, np.full(size, 1 / size), DRAWS) for size in (seeds, problems)]
-    known = ~np.isnan(values)
-    if not known.any():
-        return Estimate(np.nan, np.nan, np.nan)
-    total = np.einsum("ds,sp,dp->d", weights[0], np.where(known, values, 0.0), weights[1], optimize=True)
-    count = np.einsum("ds,sp,dp->d", weights[0], known.astype(float), weights[1], optimize=True)
-    low, high = np.percentile(total[count > 0] / count[count > 0], [2.5, 97.5])
-    return Estimate(float(np.nanmean(values)), float(low), float(high))
 
 
 def success(k: int, level: str | None = None) -> Callable[[dict], np.ndarray]:

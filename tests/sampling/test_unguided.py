@@ -11,7 +11,7 @@ from trl_selective.sampling.unguided import encode_prompt, end_token_ids, sample
 PROMPTS = [[2, 3, 4], [5], [6, 6]]
 
 
-def sample(model, prompt_ids, *, length=1, temperature=1.0, ends=(1,), uniforms=None):
+def sample(model, prompt_ids, *, length=1, temperature=1.0, top_p=1.0, ends=(1,), uniforms=None):
     return sample_completions(
         model,
         prompt_ids,
@@ -19,6 +19,7 @@ def sample(model, prompt_ids, *, length=1, temperature=1.0, ends=(1,), uniforms=
         eos_token_ids=ends,
         pad_token_id=0,
         temperature=temperature,
+        top_p=top_p,
         uniforms=uniforms,
     )
 
@@ -31,6 +32,23 @@ def test_evenly_spaced_numbers_give_every_token_its_share(temperature):
     drawn = torch.tensor(sample(model, [PROMPTS[0]] * n, temperature=temperature, uniforms=uniforms)).flatten()
     law = (model(torch.tensor([PROMPTS[0]])).logits[0, -1] / temperature).softmax(-1)
     assert (drawn.bincount(minlength=7) - n * law).abs().max() < 1 + 1e-3
+
+
+@pytest.mark.parametrize("has_uniforms", [False, True])
+def test_top_p_leaves_the_likeliest_tokens(has_uniforms):
+    """Those that have 0.8 together, each with its share of them: with n evenly spaced numbers to less than 1, else within 5 standard deviations."""
+    model, n = tiny_model(3), 2000
+    with torch.no_grad():
+        probs = model(torch.tensor([PROMPTS[0]])).logits[0, -1].double().softmax(-1)
+    ordered, tokens = probs.sort(descending=True)
+    kept = tokens[(ordered.cumsum(0) - ordered) < 0.8]
+    assert 1 < len(kept) < len(tokens)
+    uniforms = (torch.arange(n, dtype=torch.float64).unsqueeze(1) + 0.5) / n if has_uniforms else None
+    drawn = torch.tensor(sample(model, [PROMPTS[0]] * n, top_p=0.8, uniforms=uniforms)).squeeze(1)
+    assert set(drawn.tolist()) == set(kept.tolist())
+    expected = n * probs[kept] / probs[kept].sum()
+    error = (drawn.bincount(minlength=len(probs))[kept] - expected).abs()
+    assert (error < (1.01 if has_uniforms else 5 * expected.sqrt())).all()
 
 
 @pytest.mark.parametrize("has_uniforms", [False, True])

@@ -4,7 +4,6 @@ One JSON line for each row goes to disk as soon as the row is done, so that memo
 `FILE`, the hidden `.FILE.settings` holds what the rows depend on, so that one file never mixes two experts or temperatures.
 """
 
-import json
 import os
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -16,6 +15,7 @@ from tqdm.auto import tqdm
 
 from trl_selective.experts.sources import Completion, Source
 from trl_selective.grading import Verifier, as_completion
+from trl_selective.resuming import check_settings, count_rows, to_json
 
 COLUMNS = ("expert_completions", "expert_logprobs", "expert_sources", "expert_rewards")
 RIGHT_ABOVE = 0.5  # a reward, as in `evaluate`
@@ -94,8 +94,8 @@ def collect(
         raise ValueError(f"only_above={only_above} needs a reward to compare, got no reward functions. Give some.")
     path = Path(path)
     path.parent.mkdir(parents=True, exist_ok=True)
-    _check_settings(path, {**source.settings, "verifier": verifier.settings, "only_above": only_above})
-    tally = Tally(num_resumed=_resume(path, rows))
+    check_settings(path, {**source.settings, "verifier": verifier.settings, "only_above": only_above})
+    tally = Tally(num_resumed=count_rows(path, rows))
     answers = source.complete(rows["prompt"], tally.num_resumed)
     with path.open("a") as file:
         remaining = tqdm(
@@ -110,7 +110,7 @@ def collect(
                 for completion, reward in zip(whole, rewards, strict=True)
                 if only_above is None or (reward is not None and reward > only_above)
             ]
-            file.write(_to_json({**row, **_columns(row, kept, source.name)}, index) + "\n")
+            file.write(to_json({**row, **_columns(row, kept, source.name)}, index) + "\n")
             file.flush()
             tally.add(completions, rewards, kept)
     return tally
@@ -125,57 +125,3 @@ def _columns(row: Mapping[str, Any], kept: Sequence[tuple[Completion, float | No
         [reward for _, reward in kept],
     )
     return dict(zip(COLUMNS, values, strict=True))
-
-
-def _to_json(row: Mapping[str, Any], index: int) -> str:
-    try:
-        return json.dumps(row, allow_nan=False)
-    except (TypeError, ValueError) as error:
-        raise ValueError(
-            f"Row {index} cannot be written as JSON: {error}. Remove that column, or make it text."
-        ) from error
-
-
-def _check_settings(path: Path, settings: Mapping[str, Any]) -> None:
-    """Write down what the rows depend on, or compare it with what those in the file depend on."""
-    record = path.with_name(
-        f".{path.name}.settings"
-    )  # hidden, since `load_dataset` of the folder takes all other files for data
-    if not path.exists():
-        record.write_text(json.dumps(settings, indent=2) + "\n")
-        path.touch()  # not before the record is complete
-        return
-    then = json.loads(record.read_text()) if record.exists() else {}
-    for name, value in settings.items():
-        if name not in then or then[name] != value:
-            raise ValueError(
-                f"{path} was made with {name}={then.get(name, 'unknown')!r} according to {record.name}, got {value!r}. Go on with the settings "
-                "of the file, name another one, or delete it."
-            )
-
-
-def _resume(path: Path, rows: Dataset) -> int:
-    """The number of rows in the file. A last line that a kill cut off is removed.
-
-    Raises:
-        ValueError: if a line is not of the row in its place.
-    """
-    done = end = 0
-    with path.open("rb+") as file:
-        for line in file:
-            if not line.endswith(b"\n"):
-                break
-            if done == len(rows):
-                raise ValueError(
-                    f"{path} has more rows than the dataset, {len(rows)}. Name another file, or delete it."
-                )
-            expected, found = json.loads(_to_json(rows[done], done)), json.loads(line)
-            if differing := [name for name, value in expected.items() if found.get(name) != value]:
-                raise ValueError(
-                    f"Row {done} of {path} is not that of the dataset: {differing} differ. The file was made from other data: go on with "
-                    "that, name another file, or delete it."
-                )
-            done += 1
-            end += len(line)
-        file.truncate(end)
-    return done

@@ -9,7 +9,14 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 from torch.nn.utils.rnn import pad_sequence
-from transformers import GenerationConfig, LogitsProcessor, LogitsProcessorList, PreTrainedTokenizerBase
+from transformers import (
+    GenerationConfig,
+    LogitsProcessor,
+    LogitsProcessorList,
+    PreTrainedTokenizerBase,
+    TemperatureLogitsWarper,
+    TopPLogitsWarper,
+)
 
 from trl_selective.grading import Conversation
 from trl_selective.sampling.draw import inverse_cdf
@@ -38,6 +45,7 @@ def sample_completions(
     eos_token_ids: Collection[int],
     pad_token_id: int,
     temperature: float = 1.0,
+    top_p: float = 1.0,
     uniforms: Float[Tensor, "rows positions"] | None = None,
 ) -> list[list[int]]:
     """Draw one completion for each prompt, up to and including its end token.
@@ -49,6 +57,7 @@ def sample_completions(
         eos_token_ids: a completion ends with the first of these, which is part of it.
         pad_token_id: any valid id, for padding.
         temperature: >= 0, divides the logits; at 0 the most likely token is taken.
+        top_p: in (0, 1]; tokens are drawn from the likeliest ones that have this probability together.
         uniforms: one number in [0, 1) for each token, so that a row draws the same tokens in any company (to rounding); None for torch's
             global generator.
     """
@@ -56,13 +65,13 @@ def sample_completions(
     pad = partial(pad_sequence, batch_first=True, padding_side="left")
     input_ids = pad(texts, padding_value=pad_token_id).to(model.device)
     mask = pad([torch.ones_like(text) for text in texts]).to(model.device)
-    law: dict[str, Any] = {"do_sample": True, "temperature": temperature, "top_k": 0, "top_p": 1.0}
+    law: dict[str, Any] = {"do_sample": True, "temperature": temperature, "top_k": 0, "top_p": top_p}
     processors = LogitsProcessorList()
     if temperature == 0:
         law = {"do_sample": False}
     elif uniforms is not None:
         law = {"do_sample": False}  # the processor leaves one token
-        processors.append(_Draw(uniforms.to(model.device), temperature, input_ids.size(1)))
+        processors.append(_Draw(uniforms.to(model.device), temperature, top_p, input_ids.size(1)))
     settings = GenerationConfig(
         **law,
         max_new_tokens=max_completion_length,
@@ -77,11 +86,16 @@ def sample_completions(
 class _Draw(LogitsProcessor):
     """Draws the next token of every row from the softmax of its logits, with the row's own number for that position."""
 
-    def __init__(self, uniforms: Float[Tensor, "rows positions"], temperature: float, prompt_length: int):
-        self.uniforms, self.temperature, self.prompt_length = uniforms, temperature, prompt_length
+    def __init__(
+        self, uniforms: Float[Tensor, "rows positions"], temperature: float, top_p: float, prompt_length: int
+    ):
+        self.uniforms, self.prompt_length = uniforms, prompt_length
+        self.warpers = LogitsProcessorList([TemperatureLogitsWarper(float(temperature))])
+        if top_p < 1:
+            self.warpers.append(TopPLogitsWarper(float(top_p)))
 
     def __call__(self, input_ids: Tensor, scores: Tensor) -> Tensor:
-        probs = (scores.float() / self.temperature).softmax(-1)
+        probs = self.warpers(input_ids, scores.float()).softmax(-1)
         drawn = inverse_cdf(probs, self.uniforms[:, input_ids.size(1) - self.prompt_length])
         return torch.full_like(scores, -torch.inf).scatter(-1, drawn.unsqueeze(-1), 0.0)
 

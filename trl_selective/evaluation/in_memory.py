@@ -25,7 +25,7 @@ class Evaluation:
         standard_error: k -> standard error of that mean over problems; NaN for a single problem.
         distinct_correct: mean number of different right answers per problem, among its samples.
         num_problems, num_samples: how many problems, and samples of each.
-        completions, is_correct: what was sampled, by problem.
+        completions, completion_ids, is_correct: what was sampled, by problem.
     """
 
     pass_at_k: dict[int, float]
@@ -35,10 +35,12 @@ class Evaluation:
     num_samples: int
     completions: list[list[str]] = field(repr=False)
     is_correct: list[list[bool]] = field(repr=False)
+    completion_ids: list[list[list[int]]] = field(repr=False, default_factory=list)
 
     def to_dict(self) -> dict:
         """The numbers, without the samples."""
-        return {name: value for name, value in vars(self).items() if name not in ("completions", "is_correct")}
+        samples = ("completions", "completion_ids", "is_correct")
+        return {name: value for name, value in vars(self).items() if name not in samples}
 
 
 def evaluate(
@@ -55,7 +57,7 @@ def evaluate(
     seed: int = 0,
     correct_above: float = 0.5,
     answer_key: Callable[[str], Hashable] = str.strip,
-    description: str = "evaluate",
+    description: str | None = "evaluate",
 ) -> Evaluation:
     """
     Sample completions for each problem and grade them. The model's mode and the random number generators are left as they were.
@@ -73,7 +75,7 @@ def evaluate(
         seed: of the sampling.
         correct_above: a completion is right when its reward exceeds this.
         answer_key: right answers with equal keys count as the same.
-        description: of the progress bar.
+        description: of the progress bar; None for no bar.
 
     Raises:
         ValueError: if there are no problems, no column `prompt`, no token to pad with, or a k beyond `num_samples`.
@@ -91,6 +93,7 @@ def evaluate(
         )
     rows = dataset.select([problem for problem in range(len(dataset)) for _ in range(num_samples)])
     completions: list[str] = []
+    completion_ids: list[list[int]] = []
     rewards: list[float | None] = []
     was_training = {module: module.training for module in model.modules()}
     model.eval()
@@ -98,7 +101,7 @@ def evaluate(
         devices = [] if model.device.type == "cpu" else [model.device]
         with torch.random.fork_rng(devices, device_type=model.device.type):
             torch.manual_seed(seed)
-            for start in tqdm(range(0, len(rows), batch_size), desc=description):
+            for start in tqdm(range(0, len(rows), batch_size), desc=description, disable=description is None):
                 batch = rows[start : start + batch_size]
                 token_ids = sample_completions(
                     model,
@@ -110,6 +113,7 @@ def evaluate(
                 )
                 texts = processing_class.batch_decode(token_ids, skip_special_tokens=True)
                 completions += texts
+                completion_ids += token_ids
                 rewards += grade(reward_func, batch, texts, token_ids)
     finally:
         for module, mode in was_training.items():
@@ -131,6 +135,7 @@ def evaluate(
         num_samples=num_samples,
         completions=[completions[part] for part in per_problem],
         is_correct=[correct[part] for part in per_problem],
+        completion_ids=[completion_ids[part] for part in per_problem],
     )
 
 

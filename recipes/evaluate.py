@@ -1,0 +1,179 @@
+"""Evaluate a model: greedy pass@1, avg@k and unbiased pass@k, with 95 % intervals, on benchmarks or on any dataset.
+
+    python recipes/evaluate.py --model_name_or_path outputs/Qwen2.5-3B-guided \\
+        --benchmarks math500 aime24 aime25 amc minerva olympiadbench gpqa_diamond mmlu_pro \\
+        --backend vllm --output_dir outputs/Qwen2.5-3B-guided/evaluation
+
+Benchmarks are sampled as the MENTOR paper does: AIME and AMC 32 times at temperature 0.6, the others greedily; `--num_samples`, `--temperature` and
+the others below change that for all of them. A dataset of your own, with the answer in a column, or with a reward function:
+
+    python recipes/evaluate.py --model_name_or_path outputs/mine --dataset_name problems.jsonl \\
+        --prompt_column question --answer_column answer --num_samples 16 --temperature 1.0 --output_dir outputs/mine/evaluation
+
+The model is a folder or a Hub id, also of a LoRA adapter. Prompts are texts, as in training without a system prompt; `--system_prompt` or
+`--apply_chat_template true` puts them into the chat template. Every problem goes to `NAME.jsonl` in the output folder as soon as it is done: after
+an interruption, the same command goes on from there. At the end, `results.json` and `results.md` are written beside it.
+"""
+
+import json
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from evaluation_problems import ProblemArguments, SamplingArguments, load_tasks, setting
+from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedTokenizerBase
+from trl import TrlParser
+
+from trl_selective.evaluation import (
+    Backend,
+    TransformersBackend,
+    VllmBackend,
+    adapter_config,
+    evaluate_to_file,
+    summarize,
+    table,
+)
+
+BACKENDS = ("transformers", "vllm")
+
+
+@dataclass
+class ModelArguments:
+    _argument_group_name = "Model"
+
+    model_name_or_path: str | None = setting("Hub id or folder of a model, or of a LoRA adapter.")
+    model_revision: str | None = setting("Of a Hub id.")
+    dtype: str | None = setting("Such as bfloat16; by default that on accelerators, and float32 on CPUs.")
+    attn_implementation: str | None = setting("Of Transformers, such as sdpa or flash_attention_2.")
+    eos_token: str | None = setting("End token, if not the tokenizer's.")
+    chat_template: str | None = setting("File with a Jinja template to use instead of the tokenizer's.")
+
+
+@dataclass
+class RunArguments:
+    _argument_group_name = "Run"
+
+    output_dir: str | None = setting("Folder for completions and results; goes on with what is there.")
+    backend: str = setting(f"What generates: {' or '.join(BACKENDS)}.", BACKENDS[0])
+    batch_size: int | None = setting("Completions generated at once; default: 64, and 2048 with vLLM.")
+    vllm_init_kwargs: str = setting("For `vllm.LLM`, as JSON, such as '{\"tensor_parallel_size\": 4}'.", "{}")
+    grading_timeout: float = setting(
+        "Seconds for grading one completion, each in a process of its own; those that take longer count as wrong and are listed. 0: grade whole "
+        "batches here, without a limit.",
+        10.0,
+    )
+    correct_above: float = setting("A completion is right when its reward exceeds this.", 0.5)
+
+
+def load_tokenizer(arguments: ModelArguments) -> PreTrainedTokenizerBase:
+    name, revision = arguments.model_name_or_path, arguments.model_revision
+    adapter = adapter_config(name, revision)
+    try:
+        tokenizer = AutoTokenizer.from_pretrained(name, revision=revision)
+    except (OSError, ValueError):  # an adapter without one has its base model's
+        if adapter is None:
+            raise
+        tokenizer = AutoTokenizer.from_pretrained(adapter.base_model_name_or_path, revision=adapter.revision)
+    if arguments.eos_token is not None:
+        if arguments.eos_token not in tokenizer.get_vocab():
+            raise ValueError(f"eos_token={arguments.eos_token!r} is not in the vocabulary of {name}.")
+        tokenizer.eos_token = arguments.eos_token
+    if tokenizer.pad_token_id is None:
+        tokenizer.pad_token = tokenizer.eos_token
+    if arguments.chat_template is not None:
+        tokenizer.chat_template = Path(arguments.chat_template).read_text()
+    return tokenizer
+
+
+def load_backend(model: ModelArguments, run: RunArguments, tokenizer: PreTrainedTokenizerBase) -> Backend:
+    device = torch.accelerator.current_accelerator() or torch.device("cpu")
+    dtype = model.dtype or ("float32" if device.type == "cpu" else "bfloat16")
+    if run.backend == "vllm":
+        own = run.vllm_init_kwargs
+        init_kwargs = {"dtype": dtype, **(json.loads(own) if isinstance(own, str) else own)}
+        return VllmBackend(model.model_name_or_path, tokenizer, revision=model.model_revision, init_kwargs=init_kwargs)
+    loaded = AutoModelForCausalLM.from_pretrained(
+        model.model_name_or_path,
+        revision=model.model_revision,
+        dtype=dtype,
+        attn_implementation=model.attn_implementation,
+    )
+    return TransformersBackend(loaded.to(device).eval(), tokenizer, run.batch_size or 64)
+
+
+def identity(model: ModelArguments) -> dict[str, Any]:
+    """What says which model it is: its name, and when the weights of a folder were written."""
+    name, weights = model.model_name_or_path, None
+    if Path(name).exists():
+        files = [path for kind in ("safetensors", "bin") for path in Path(name).glob(f"*.{kind}")]
+        weights = max((path.stat().st_mtime_ns for path in files), default=None)
+        name = Path(name).resolve().name  # a folder of this machine says nothing elsewhere
+    return {"model": name, "model_revision": model.model_revision, "weights_written_ns": weights}
+
+
+def check(model: ModelArguments, run: RunArguments) -> None:
+    if model.model_name_or_path is None or run.output_dir is None:
+        raise ValueError(
+            f"Expected a model and a folder for its results, got model_name_or_path={model.model_name_or_path!r} and output_dir="
+            f"{run.output_dir!r}. Set both."
+        )
+    if run.backend not in BACKENDS:
+        raise ValueError(f"backend: got {run.backend!r}, expected one of {list(BACKENDS)}.")
+    if run.grading_timeout < 0 or (run.batch_size is not None and run.batch_size < 1):
+        raise ValueError(
+            f"Expected grading_timeout >= 0 and batch_size >= 1, got {run.grading_timeout} and {run.batch_size}."
+        )
+
+
+def earlier_results(path: Path, who: dict[str, Any]) -> dict[str, Any]:
+    """Those of other benchmarks that are in the folder."""
+    results = json.loads(path.read_text()) if path.exists() else {**who, "benchmarks": {}}
+    different = [name for name, value in who.items() if results.get(name) != value]
+    if different:
+        raise ValueError(
+            f"{path} has results with {different[0]}={results.get(different[0])!r}, got {who[different[0]]!r}. Name another output_dir, or "
+            "delete it."
+        )
+    return results
+
+
+def main(model: ModelArguments, problems: ProblemArguments, sampling: SamplingArguments, run: RunArguments) -> None:
+    check(model, run)
+    who, output = identity(model), Path(run.output_dir)
+    results = earlier_results(output / "results.json", who)
+    tasks = load_tasks(problems, sampling)
+    tokenizer = load_tokenizer(model)
+    if tokenizer.chat_template is None and any(not isinstance(task.problems[0]["prompt"], str) for task in tasks):
+        raise ValueError(
+            f"The tokenizer of {who['model']} has no chat template, which prompts that are conversations need. Give one as chat_template, or "
+            "leave system_prompt and apply_chat_template unset."
+        )
+    backend = load_backend(model, run, tokenizer)
+    settings = {**who, "backend": run.backend, "dtype": model.dtype, "eos_token": tokenizer.eos_token}
+    for task in tasks:
+        path = output / f"{task.name}.jsonl"
+        where = {"dataset": task.dataset, "config": task.config, "split": task.split}
+        evaluate_to_file(
+            task.problems,
+            backend,
+            tokenizer,
+            task.reward_func,
+            task.protocol,
+            path,
+            settings={**settings, **where, "chat_template": tokenizer.chat_template},
+            batch_size=run.batch_size or (2048 if run.backend == "vllm" else 64),
+            correct_above=run.correct_above,
+            grading_timeout=run.grading_timeout,
+            description=task.name,
+        )
+        found = summarize(path, task.protocol, sampling.ks)
+        results["benchmarks"][task.name] = {**where, **found, "backend": run.backend, "dtype": model.dtype}
+        (output / "results.json").write_text(json.dumps(results, indent=2) + "\n")
+        (output / "results.md").write_text(table(results))
+    print(f"\n{table(results)}\nCompletions, results.json and results.md are in {output}.")
+
+
+if __name__ == "__main__":
+    parser = TrlParser((ModelArguments, ProblemArguments, SamplingArguments, RunArguments))
+    main(*parser.parse_args_and_config(fail_with_unknown_args=True))

@@ -1,0 +1,48 @@
+"""How a model is asked: how often, at which temperature, and with which random numbers."""
+
+import random
+from dataclasses import dataclass
+
+
+@dataclass(frozen=True)
+class SamplingProtocol:
+    """How completions are drawn.
+
+    Attributes:
+        num_samples: completions of each problem.
+        temperature: >= 0; at 0 the most likely token is taken.
+        top_p: in (0, 1], of nucleus sampling.
+        max_completion_length: tokens at which a completion is cut off.
+        seed: of all that is drawn.
+
+    Raises:
+        ValueError: for values out of range, and for several samples that would all be the same.
+    """
+
+    num_samples: int = 1
+    temperature: float = 0.0
+    top_p: float = 1.0
+    max_completion_length: int = 8192  # the paper's
+    seed: int = 0
+
+    def __post_init__(self):
+        if not (self.num_samples >= 1 and self.max_completion_length >= 1 and self.temperature >= 0 < self.top_p <= 1):
+            raise ValueError(
+                "Expected num_samples >= 1, max_completion_length >= 1, temperature >= 0 and 0 < top_p <= 1, got "
+                f"{self.num_samples}, {self.max_completion_length}, {self.temperature} and {self.top_p}."
+            )
+        if self.temperature == 0 and self.num_samples > 1:
+            raise ValueError(
+                f"At temperature 0 all of num_samples={self.num_samples} completions of a problem would be the same. Set temperature, or "
+                "num_samples=1."
+            )
+
+    def seed_of(self, problem: int, sample: int) -> int:
+        """A seed for one completion: the same in every process and run, whatever was drawn before."""
+        return random.Random(repr((self.seed, problem, sample))).getrandbits(31)
+
+    @property
+    def default_ks(self) -> list[int]:
+        """1, 2, 4, ... up to the number of samples, and that."""
+        powers = [2**i for i in range(self.num_samples.bit_length()) if 2**i < self.num_samples]
+        return [*powers, self.num_samples]

@@ -1,0 +1,76 @@
+"""A JSON Lines file that grows by one row after another, and that a later run goes on with.
+
+Beside `FILE`, the hidden `.FILE.settings` holds what its rows depend on, so that one file never mixes two settings.
+"""
+
+import json
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+
+def to_json(row: Mapping[str, Any], index: int) -> str:
+    """One line, without its end.
+
+    Raises:
+        ValueError: naming the row, if JSON has no word for what it holds.
+    """
+    try:
+        return json.dumps(row, allow_nan=False)
+    except (TypeError, ValueError) as error:
+        raise ValueError(
+            f"Row {index} cannot be written as JSON: {error}. Remove that column, or make it text."
+        ) from error
+
+
+def check_settings(path: Path, settings: Mapping[str, Any]) -> None:
+    """Write down what the rows depend on, or compare it with what those in the file depend on.
+
+    Raises:
+        ValueError: naming the first setting that differs.
+    """
+    record = path.with_name(
+        f".{path.name}.settings"
+    )  # hidden, since `load_dataset` of the folder takes all other files for data
+    if not path.exists():
+        record.write_text(json.dumps(settings, indent=2) + "\n")
+        path.touch()  # not before the record is complete
+        return
+    then = json.loads(record.read_text()) if record.exists() else {}
+    for name, value in settings.items():
+        if name not in then or then[name] != value:
+            raise ValueError(
+                f"{path} was made with {name}={then.get(name, 'unknown')!r} according to {record.name}, got {value!r}. Go on with the settings "
+                "of the file, name another one, or delete it."
+            )
+
+
+def count_rows(path: Path, rows: Sequence[Mapping[str, Any]] | Any) -> int:
+    """The number of rows in the file. A last line that a kill cut off is removed.
+
+    Args:
+        path: of the file.
+        rows: what each of its lines must contain, in order; a line may have more.
+
+    Raises:
+        ValueError: if a line is not of the row in its place.
+    """
+    done = end = 0
+    with path.open("rb+") as file:
+        for line in file:
+            if not line.endswith(b"\n"):
+                break
+            if done == len(rows):
+                raise ValueError(
+                    f"{path} has more rows than the dataset, {len(rows)}. Name another file, or delete it."
+                )
+            expected, found = json.loads(to_json(rows[done], done)), json.loads(line)
+            if differing := [name for name, value in expected.items() if found.get(name) != value]:
+                raise ValueError(
+                    f"Row {done} of {path} is not that of the dataset: {differing} differ. The file was made from other data: go on with "
+                    "that, name another file, or delete it."
+                )
+            done += 1
+            end += len(line)
+        file.truncate(end)
+    return done
