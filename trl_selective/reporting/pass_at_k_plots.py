@@ -7,8 +7,8 @@ from typing import NamedTuple
 import numpy as np
 import torch
 
+from trl_selective.evaluation import bootstrap
 from trl_selective.functional.diversity import pass_at_k
-from trl_selective.functional.intervals import bootstrap_interval
 from trl_selective.reporting.style import colours, label_panel, legend_above, picture
 
 
@@ -21,13 +21,15 @@ class Curve(NamedTuple):
 
 
 def pass_at_k_curve(is_correct: Sequence[Sequence[bool]]) -> Curve:
-    """From whether the samples of each problem are right: without bias, for every k up to the smallest number of samples."""
+    """From whether the samples of each problem are right: without bias, for every k up to the smallest number of samples. One problem says nothing
+    about others, and has no interval."""
     num_samples = torch.tensor([len(samples) for samples in is_correct])
     num_correct = torch.tensor([sum(samples) for samples in is_correct])
     ks = range(1, int(num_samples.min()) + 1)
-    estimates = torch.stack([pass_at_k(num_samples, num_correct, k) for k in ks], dim=1)
-    low, high = bootstrap_interval(estimates)
-    return Curve(estimates.mean(0).tolist(), low.tolist(), high.tolist())
+    estimates = [bootstrap(pass_at_k(num_samples, num_correct, k).double().numpy()[np.newaxis]) for k in ks]
+    mean, low, high = ([getattr(each, end) for each in estimates] for end in Curve._fields)
+    nothing = [np.nan] * len(ks)
+    return Curve(mean, low, high) if len(is_correct) > 1 else Curve(mean, nothing, nothing)
 
 
 def draw_pass_at_k(panels: Mapping[str, Mapping[str, Curve]], path: str | Path) -> None:
