@@ -664,6 +664,30 @@ def test_what_is_looked_at_is_looked_at_without_dropout(tmp_path):
     assert all(module.training for module in trainer.model.modules())
 
 
+def test_log_probs_of_given_completions_are_those_of_each_by_itself(tmp_path):
+    """Prompts and completions of different lengths in one batch."""
+    trainer = build(tmp_path)
+    prompts, completions = [[3, 9, 20, 7], [4], [8, 8]], [[5, 7, 1], [6, 1], [9, 30, 2, 1]]
+    expected = completion_logps(AutoModelForCausalLM.from_pretrained(POLICY), prompts, completions, batch_size=1)
+    for ours, theirs in zip(trainer._policy_logps(prompts, completions), expected, strict=True):
+        torch.testing.assert_close(ours, theirs, rtol=0, atol=1e-4)
+
+
+@pytest.mark.parametrize(("reward", "share"), [(0.4, 1.0), (0.6, 0.0)])
+def test_a_rollout_is_right_if_it_earns_more_than_half_of_the_range(tmp_path, reward, share):
+    trainer = trained(tmp_path, reward_funcs=lambda completions, **kwargs: [reward] * len(completions), max_steps=1)
+    assert trainer.batches[0].injection.fired == {"group_failed": share}
+
+
+def test_the_tokenizers_own_end_token_is_appended(tmp_path):
+    model = AutoModelForCausalLM.from_pretrained(POLICY)
+    model.generation_config.eos_token_id = [0, 1]
+    trainer = trained(tmp_path, model=model, max_steps=1)
+    assert trainer.eos_token_ids == [0, 1]
+    choices = trainer.batches[0].injection.injected
+    assert {choice.completion.token_ids[-1] for choice in choices} == {trainer.processing_class.eos_token_id} == {1}
+
+
 def test_a_stream_of_rows_is_checked_as_it_comes(tmp_path):
     rows = list(with_completions(["R 1"], num_problems=8))
     stream = IterableDataset.from_generator(lambda: iter([{**row, "expert_completions": [""]} for row in rows]))

@@ -1,9 +1,10 @@
 """What guidance cannot be combined with, beyond single settings (those are checked in `config.py`): models, arguments, generation configs."""
 
 import os
+from collections.abc import Sequence
 from typing import Any
 
-from torch import nn
+from torch import Tensor, nn
 from transformers import GenerationConfig
 
 # Settings of a generation config that change the law of a token or end a completion, beside those that TRL sets itself, with the values
@@ -109,3 +110,38 @@ def check_generation_config(generation_config: GenerationConfig | None) -> None:
             f"The model's generation_config sets {settings}, which on-policy rollouts would follow and guided ones would not. Set each to "
             "None in `model.generation_config`, or in the generation_config.json beside the weights."
         )
+
+
+def refuse_update(is_finite: Tensor, prompts: list[str]) -> None:
+    """Stop before an update that would turn every parameter into NaN. All processes call this together, those without such a row too.
+
+    Args:
+        is_finite: (rows,) of a micro-batch, False where the policy gives a token no finite log-probability or entropy.
+        prompts: of these rows.
+
+    Raises:
+        ValueError: naming the rows.
+    """
+    rows = (~is_finite).nonzero().flatten().tolist()
+    names = ", ".join(f"row {row} (prompt {prompts[row][-60:]!r})" for row in rows) or "rows of another process"
+    raise ValueError(
+        f"The policy gives tokens of this micro-batch no finite log-probability or entropy: {names}. Nothing was updated. Look for NaN or inf in "
+        "its weights, a learning rate that is too high, float16 overflow (use bfloat16), or tokens that it forbids (logit -inf), which an "
+        "expert must not use and of which an entropy threshold cannot be measured (guidance_weighting='constant' needs none)."
+    )
+
+
+def check_scored(logps: Sequence[Tensor], prompts: Sequence[Any]) -> None:
+    """Refuse expert completions to which the expert model itself gives no finite log-probability: no ratio can be taken to it.
+
+    Raises:
+        ValueError: naming the prompt and the token.
+    """
+    for values, prompt in zip(logps, prompts, strict=True):
+        if len(invalid := (~values.isfinite()).nonzero().flatten()):
+            position = int(invalid[0])
+            raise ValueError(
+                f"The expert gives token {position} of a completion for the prompt {prompt!r} the log-probability {values[position].item()}, "
+                "expected a finite number: injection_correction divides by its probability. Look for NaN or inf in the expert's weights, leave "
+                "the completion out, or use injection_correction='policy_shaping'."
+            )

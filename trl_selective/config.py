@@ -315,7 +315,7 @@ class SelectiveGuidanceGRPOConfig(GRPOConfig):
 
     def _fill_unset(self) -> set[str]:
         """Fill what is None from the preset, then from the defaults. Returns the names that the user set."""
-        if self.preset is not None and self.preset not in PRESETS:
+        if self.preset is not None and self.preset not in list(PRESETS):
             raise ValueError(f"preset must be one of {sorted(PRESETS)}, got {self.preset!r}.")
         explicit = {name for name in GUIDANCE_FIELDS if getattr(self, name) is not None}
         for name, value in {**DEFAULTS, **PRESETS.get(self.preset, {})}.items():
@@ -360,7 +360,7 @@ class SelectiveGuidanceGRPOConfig(GRPOConfig):
             "injection_correction": INJECTION_CORRECTIONS,
         }
         for name, allowed in choices.items():
-            if getattr(self, name) not in allowed:
+            if getattr(self, name) not in list(allowed):  # a dict would ask for a hash
                 raise ValueError(f"{name} must be one of {list(allowed)}, got {getattr(self, name)!r}.")
         for name in ("injection_trigger", "injection_selector", "expert_completions_column"):
             if not isinstance(getattr(self, name), str):

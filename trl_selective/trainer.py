@@ -25,7 +25,14 @@ from trl.chat_template_utils import parse_response
 from trl.models.utils import unwrap_model_for_generation
 
 from trl_selective.checkpoints import checkpoint_to_resume
-from trl_selective.checks import check_arguments, check_columns, check_expert_argument, check_generation_config
+from trl_selective.checks import (
+    check_arguments,
+    check_columns,
+    check_expert_argument,
+    check_generation_config,
+    check_scored,
+    refuse_update,
+)
 from trl_selective.config import GUIDANCE_FIELDS, TRUNCATED, SelectiveGuidanceGRPOConfig
 from trl_selective.experts import (
     CompletionReader,
@@ -534,6 +541,7 @@ class SelectiveGuidanceGRPOTrainer(GRPOTrainer):
             texts = [injected[row].completion.token_ids for row in unknown]
             with self._expert_at_hand():
                 scored = completion_logps(self.expert_model, prompts, texts, temperature=self.temperature)
+            check_scored(scored, [self._batch.rows[row]["prompt"] for row in unknown])
         known = {
             row: choice.completion.logps for row, choice in injected.items() if choice.completion.logps is not None
         }
@@ -634,12 +642,16 @@ class SelectiveGuidanceGRPOTrainer(GRPOTrainer):
         is_measured = self.num_guided_generations and self._guidance_coef() > 0
         if not (is_labelled or is_measured) or not self.model.training:
             return super()._compute_loss(model, inputs)
-        self._loss_inputs = dict(inputs)  # a copy: the batch itself may be used again
+        bound = self._loss_inputs = dict(inputs)  # a copy: the batch itself may be used again
         try:
             loss = super()._compute_loss(model, self._loss_inputs)
         finally:
             self._loss_inputs = None
-        sums = self._sum_over_processes(self._loss_sums).tolist()
+        num_invalid, *sums = self._sum_over_processes(self._loss_sums).tolist()
+        if num_invalid:
+            refuse_update(
+                bound["is_finite"], self._tokenizer.batch_decode(bound["prompt_ids"], skip_special_tokens=True)
+            )
         metrics, share = self._metrics["train"], {}
         metrics["entropy"][-1] = sums[0] / sums[1] if sums[1] else float("nan")
         if "is_injected" in inputs:
@@ -662,7 +674,11 @@ class SelectiveGuidanceGRPOTrainer(GRPOTrainer):
         on_policy = mask & ~is_injected & ~inputs.get("is_guided", nobody).unsqueeze(1)
         if self.num_guided_generations:
             self._threshold.histogram.update(entropies, on_policy)
-        sums = [entropies[on_policy].double().sum(), on_policy.sum()]
+        is_finite = logps.isfinite()
+        if self.num_guided_generations and self.args.guidance_weighting != "constant":
+            is_finite &= entropies.isfinite()
+        inputs["is_finite"] = (is_finite | ~mask).all(dim=1)
+        sums = [(~inputs["is_finite"]).sum(), entropies[on_policy].double().sum(), on_policy.sum()]
         if "is_injected" in inputs:
             old = inputs.get("old_per_token_logps", logps)
             tokens = mask & is_injected

@@ -46,6 +46,12 @@ def test_rows_without_a_reward_are_left_out():
     assert on_policy_advantages(rewards, "batch")[0, 0].item() == pytest.approx(0.5 / (1.527525 + 1e-4))
 
 
+def test_fewer_than_two_values_have_no_standard_deviation():
+    values = torch.tensor([[0.5, torch.nan], [torch.nan, torch.nan]])
+    assert nanstd(values, dim=1).isnan().all()
+    assert nanstd(torch.zeros(2, 0), dim=1).isnan().all()
+
+
 def test_without_nan_the_standard_deviation_is_torchs():
     values = torch.randn(5, 7, dtype=torch.float64)
     torch.testing.assert_close(nanstd(values, dim=1), values.std(dim=1))

@@ -5,7 +5,7 @@ import torch
 
 from tests.models import tiny_model
 from tests.sampling.reference import PROMPTS, Guidance, assert_recorded
-from trl_selective.sampling import live_rows
+from trl_selective.sampling import coin, live_rows
 from trl_selective.sampling.draw import ACCEPT
 
 LENGTH = 40
@@ -68,6 +68,15 @@ def test_what_a_row_is_owed_is_paid_before_it_leaves(models, blocks):
     assert len(set(map(len, rollout.completion_ids))) > 4
     assert any(columns > 2 for _, columns in blocks[1:])
     assert_recorded(rollout, *models, PROMPTS * 6, guidance)
+
+
+def test_the_expert_falls_behind_by_a_few_tokens_only(models, blocks, monkeypatch):
+    """Its logits for all that it is owed are held at once: with a large vocabulary these are gigabytes."""
+    monkeypatch.setattr(coin, "MAX_BACKLOG", 7)
+    guidance = Guidance("constant", max_weight=1e-9)
+    rollout = guidance.sample("coin", *models, PROMPTS, length=LENGTH)
+    assert [columns for _, columns in blocks[1:]] == [8, 8, 8, 8, 8]
+    assert_recorded(rollout, *models, PROMPTS, guidance)
 
 
 def test_what_only_some_rows_are_owed_is_paid(models):

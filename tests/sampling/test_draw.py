@@ -58,6 +58,16 @@ def test_rare_tokens_among_many_keep_their_share():
         assert draw(probs.tolist(), (token + 0.5) * probs[0].double().item() / total) == token
 
 
+def test_likely_tokens_do_not_swallow_the_rare_ones_behind_them():
+    """In float32, 1 + 1e-9 is 1."""
+    probs = torch.full((1000,), 1e-9)
+    probs[0] = 1.0
+    total = probs.double().sum().item()
+    for token in (1, 500, 998):
+        uniform = (1 + (token - 0.5) * probs[1].double().item()) / total
+        assert inverse_cdf(probs, torch.tensor(uniform, dtype=torch.float64)) == token
+
+
 def test_an_even_grid_of_uniforms_gives_each_token_its_share():
     probs = torch.tensor([0.125, 0.5, 0.0, 0.375])
     grid = (torch.arange(800, dtype=torch.float64) + 0.5) / 800

@@ -124,5 +124,5 @@ def nanstd(values: Float[Tensor, "..."], dim: int, keepdim: bool = False) -> Flo
     """Unbiased standard deviation over the entries that are not NaN; NaN where fewer than two are."""
     count = (~values.isnan()).sum(dim, keepdim=True)
     squared = (values - values.nanmean(dim, keepdim=True)).square().nansum(dim, keepdim=True)
-    std = torch.where(count > 1, (squared / (count - 1)).sqrt(), torch.nan)
+    std = (squared / (count - 1).clamp(min=0)).sqrt()  # 0 / 0 of fewer than two
     return std if keepdim else std.squeeze(dim)

@@ -30,9 +30,8 @@ def pass_at_k(
         raise ValueError(f"num_correct must lie in [0, num_samples], got {c.tolist()} of {n.tolist()}.")
     i = torch.arange(1, int(n.max()) + 1, dtype=torch.float64)
     in_product = (i > (n - c).unsqueeze(-1)) & (i <= n.unsqueeze(-1))
-    factors = torch.where(
-        in_product, (1 - k / i).clamp(min=0), 1.0
-    )  # i < k only if fewer than k are wrong: then pass@k is 1
+    # Where fewer than k are wrong, i = k is among them: its factor is 0, and pass@k is 1.
+    factors = torch.where(in_product, 1 - k / i, 1.0)
     return 1 - factors.prod(-1)
 
 

@@ -10,6 +10,10 @@ from trl_selective.sampling.draw import ACCEPT, DRAFT, REPLACE, inverse_cdf
 from trl_selective.sampling.live_rows import LiveRows
 from trl_selective.sampling.sampler import GuidedSampler
 
+MAX_BACKLOG = (
+    32  # tokens that the expert may be behind where it owes probabilities: its logits for all of them are held at once
+)
+
 
 class CoinSampler(GuidedSampler):
     """Draws from pi_mix by flipping a coin for every token: heads with probability w, then the expert draws it, else the policy does.
@@ -19,7 +23,7 @@ class CoinSampler(GuidedSampler):
     will do; and the policy reads every token once.
 
     All rows keep step: one row's coin makes the expert read for all. It is asked in a share 1 - (1 - w)^rows of the steps, and once more where
-    a row ends, since log pi_mix of the tokens of the policy needs its probabilities too.
+    a row ends, since log pi_mix of the tokens of the policy needs its probabilities too; at the latest after `MAX_BACKLOG` tokens.
 
     `expert_drawn` follows the law that drafting would give it, as a share (1 - pi_theta / pi*)+ of the tokens that the expert drew.
     """
@@ -35,7 +39,8 @@ class CoinSampler(GuidedSampler):
         num_rows = len(live)
         backlog = positions - torch.arange(live.backlog.shape[1], 0, -1, device=positions.device)
         is_owed = torch.cat([live.recorded("guidance_weights", backlog), weight], dim=1) > 0
-        is_due = live.ends(token, positions).squeeze(1) & is_owed.any(1)
+        is_late = live.backlog.shape[1] >= MAX_BACKLOG
+        is_due = (live.ends(token, positions).squeeze(1) | is_late) & is_owed.any(1)
         reads = bool((is_heads.squeeze(1) | is_due).any())
         if reads:
             first = int(is_owed.any(0).int().argmax())  # before, w is 0 in all rows, and no logits are needed
