@@ -458,7 +458,7 @@ class SelectiveGuidanceGRPOConfig(GRPOConfig):
 
     def _check_server(self) -> None:
         address = urlsplit(self.expert_model_server_url)
-        if address.scheme not in ("http", "https") or not address.hostname or address.query or address.username:
+        if address.scheme not in ("http", "https") or not address.hostname or address.query or "@" in address.netloc:
             raise ValueError(
                 f"expert_model_server_url must be an address such as 'http://localhost:8000/v1', got {_without_secrets(address)!r}. A key goes "
                 "into the environment variable OPENAI_API_KEY, where nobody saves it."
@@ -527,6 +527,7 @@ class SelectiveGuidanceGRPOConfig(GRPOConfig):
             and {"importance_ratio_max"},
             f"guided_sampler={self.guided_sampler!r}": self.guided_sampler in ("coin", "stepwise")
             and {"draft_length", "max_draft_length"},
+            "no expert_model_server_url": self.expert_model_server_url is None and {"expert_model_server_patience"},
             "an expert behind a server, which takes no drafts": self.expert_model_server_url is not None
             and {"draft_length", "max_draft_length"},
             f"draft_length={self.draft_length}": self.draft_length is not None and {"max_draft_length"},

@@ -222,6 +222,7 @@ class SelectiveGuidanceGRPOTrainer(GRPOTrainer):
                 expert_tokenizer=expert_processing_class,
                 eos_token_ids=self.eos_token_ids,
                 max_completion_length=self.max_completion_length,
+                temperature=self.temperature,
                 patience=args.expert_model_server_patience,
                 scores=args.guided_importance_correction != "none",
             )

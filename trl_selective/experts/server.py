@@ -29,7 +29,7 @@ FULL_LAW = {"top_p": 1.0, "presence_penalty": 0.0, "frequency_penalty": 0.0}
 OF_VLLM = {"top_k": 0, "min_p": 0.0, "repetition_penalty": 1.0, "return_tokens_as_token_ids": True}
 ID_PREFIX = "token_id:"
 
-REQUEST_TIMEOUT = 60.0  # seconds
+REQUEST_TIMEOUT, LAST_TIMEOUT = 60.0, 0.1  # seconds for an answer; and just before patience ends
 FIRST_PAUSE, LONGEST_PAUSE = 0.1, 10.0  # seconds between tries
 MAY_PASS = (408, 409, 429)  # of the HTTP statuses below 500
 NUM_PROBED = 32  # tokens of the text that shows whether policy and server have one vocabulary
@@ -76,7 +76,7 @@ class ExpertServer:
         self._client = endpoint_client(url, timeout=REQUEST_TIMEOUT, max_retries=0)  # which knows no bound in seconds
         self._pool = ThreadPoolExecutor(concurrency, thread_name_prefix="expert-server")
         self._jitter = random.Random()  # its own: the global one belongs to training
-        self._has_answered = False
+        self._has_drawn = False
 
     def draw(self, texts: Sequence[Sequence[int]], seeds: Sequence[int], temperature: float) -> list[int]:
         """The next token of each text, drawn from the expert's full distribution at `temperature`.
@@ -101,8 +101,8 @@ class ExpertServer:
 
     # ---- Requests ----------------------------------------------------------------------------------------------------------------------
 
-    def _draw(self, text: list[int], seed: int, temperature: float, timeout: float) -> int:
-        choice = self._complete(text, timeout, max_tokens=1, seed=seed, temperature=temperature)
+    def _draw(self, text: list[int], seed: int, temperature: float, timeout: float, **settings) -> int:
+        choice = self._complete(text, timeout, max_tokens=1, seed=seed, temperature=temperature, **settings)
         (token,) = _token_ids(choice)
         if not 0 <= token < self.vocab_size:
             raise ExpertServerError(
@@ -115,6 +115,7 @@ class ExpertServer:
                 "only, so that rollouts would run on behind the expert's end. Give the policy a tokenizer with this `eos_token`, or add it to "
                 "its `generation_config.eos_token_id`."
             )
+        self._has_drawn = True
         return token
 
     def _score(self, prompt: list[int], completion: list[int], timeout: float) -> Tensor:
@@ -160,24 +161,21 @@ class ExpertServer:
         deadline, pause = time.monotonic() + self.patience, FIRST_PAUSE
         while True:
             try:
-                answer = question(min(REQUEST_TIMEOUT, max(deadline - time.monotonic(), FIRST_PAUSE)))
-                self._has_answered = True
-                return answer
+                return question(min(REQUEST_TIMEOUT, max(deadline - time.monotonic(), LAST_TIMEOUT)))
             except (OpenAIError, ValueError, TypeError, AttributeError, IndexError) as failure:
                 error: Exception = failure  # which the library did not expect, if it is none of its own
-            rest = pause * self._jitter.uniform(0.5, 1)
-            is_late = time.monotonic() + rest >= deadline
-            if is_late or not self._may_pass(error) or stopped.wait(rest):
+            rest = min(pause * self._jitter.uniform(0.5, 1), deadline - LAST_TIMEOUT - time.monotonic())
+            if rest <= 0 or not self._may_pass(error) or stopped.wait(rest):
                 raise self._failure(error) from None
             pause = min(2 * pause, LONGEST_PAUSE)
 
     def _may_pass(self, error: Exception) -> bool:
-        """A server that never answered may be none: then nobody there, or nonsense, is an error at once."""
+        """A server that never drew a token may be none: then nobody there, or nonsense, is an error at once."""
         from openai import APIStatusError, APITimeoutError
 
         if isinstance(error, APIStatusError):
             return error.status_code >= 500 or error.status_code in MAY_PASS
-        return self._has_answered or isinstance(error, APITimeoutError)
+        return self._has_drawn or isinstance(error, APITimeoutError)
 
     def _failure(self, error: Exception) -> ExpertServerError:
         from openai import OpenAIError
@@ -197,8 +195,9 @@ class ExpertServer:
 
     # ---- Checks ------------------------------------------------------------------------------------------------------------------------
 
-    def check(self, tokenizer: PreTrainedTokenizerBase, max_completion_length: int) -> None:
-        """Make sure that the server serves this expert, for texts that are long enough, and that both mean the same by a token id.
+    def check(self, tokenizer: PreTrainedTokenizerBase, max_completion_length: int, temperature: float) -> None:
+        """Make sure that the server serves this expert, for texts that are long enough, at this temperature, and that both mean the same by a
+        token id.
 
         Raises:
             ExpertServerError: if not.
@@ -223,7 +222,8 @@ class ExpertServer:
                 f"The expert behind {self.url} reads {text!r} as the tokens {theirs}, but the policy's tokenizer reads it as {ours}. Token-level "
                 "guidance needs one vocabulary: serve an expert of the policy's model family."
             )
-        self.draw([[*ours, self.vocab_size - 1]], [0], 1.0)  # the last token as well
+        last = {str(self.vocab_size - 1): 0.0}  # a bias that changes nothing, but for a token that must be there
+        self._ask_all([partial(self._draw, ours, 0, temperature, logit_bias=last)])
 
 
 def connect_expert(
@@ -233,6 +233,7 @@ def connect_expert(
     *,
     expert_tokenizer: PreTrainedTokenizerBase | None,
     max_completion_length: int,
+    temperature: float,
     **settings,
 ) -> ExpertServer:
     """The expert behind `url`, once it is sure that it can guide.
@@ -242,6 +243,7 @@ def connect_expert(
         tokenizer: the policy's.
         expert_tokenizer: the expert's, to be compared token by token; None leaves it at a probe.
         max_completion_length: tokens of a completion.
+        temperature: that it will draw at.
         settings: further ones of `ExpertServer`.
 
     Raises:
@@ -249,7 +251,7 @@ def connect_expert(
         ExpertServerError: if the server cannot guide.
     """
     server = ExpertServer(url, name, vocab_size=check_vocabulary(expert_tokenizer, tokenizer), **settings)
-    server.check(tokenizer, max_completion_length)
+    server.check(tokenizer, max_completion_length, temperature)
     return server
 
 
