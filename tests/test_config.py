@@ -422,7 +422,9 @@ def test_an_expert_behind_a_server():
     ["localhost:8000/v1", "http:///v1", "file:///v1", "https://key@host/v1", "https://me:key@host/v1", "https://:key@host/v1", "http://h/v1?k=key", ""],
 )  # fmt: skip
 def test_an_address_is_one_and_holds_no_key(url):
-    with pytest.raises(ValueError, match=r"expert_model_server_url must be an address such as .*OPENAI_API_KEY") as caught:
+    with pytest.raises(
+        ValueError, match=r"expert_model_server_url must be an address such as .*OPENAI_API_KEY"
+    ) as caught:
         config(**{**SERVER, "expert_model_server_url": url})
     assert not re.search(r"key[@']", str(caught.value))
 

@@ -66,8 +66,12 @@ def same_parameters(first, second):
 def test_with_w_1_completions_are_the_experts(tmp_path, endpoint, expert):
     """Only the expert uses the filler word. What the server drew is what the trainer scored."""
     trainer = server_trainer(
-        tmp_path, endpoint, trainer_class=Watched, reward_funcs=filler_reward, guidance_weighting="constant",
-        entropy_threshold_init=None
+        tmp_path,
+        endpoint,
+        trainer_class=Watched,
+        reward_funcs=filler_reward,
+        guidance_weighting="constant",
+        entropy_threshold_init=None,
     )
     endpoint.requests.clear()
     trainer.train()
@@ -218,12 +222,15 @@ def test_the_key_is_in_nothing_that_is_saved_or_shown(tmp_path, endpoint, monkey
 def test_the_expert_is_given_by_name(tmp_path, endpoint, expert):
     for nobody in (None, "", expert):
         with pytest.raises(
-            ValueError, match=r"expert_model_server_url='http.*' needs the name under which the server knows the expert, got"
+            ValueError,
+            match=r"expert_model_server_url='http.*' needs the name under which the server knows the expert, got",
         ):
             server_trainer(tmp_path, endpoint, expert_model=nobody)
     with pytest.raises(ExpertServerError, match=rf"serves \['{NAME}'\], but not 'another'"):
         server_trainer(tmp_path, endpoint, expert_model="another")
-    assert server_trainer(tmp_path, endpoint, expert_model=None, expert_model_name_or_path=NAME).expert_model.name == NAME
+    assert (
+        server_trainer(tmp_path, endpoint, expert_model=None, expert_model_name_or_path=NAME).expert_model.name == NAME
+    )
 
 
 TWO = """

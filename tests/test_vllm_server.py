@@ -41,13 +41,29 @@ class Serve:
 
     def start(self):
         """Start, and wait until it answers."""
-        command = [PROGRAM, "serve", EXPERT, "--served-model-name", NAME, "--port", str(self.port), "--host", "127.0.0.1"]
-        command += ["--dtype", "float32", "--enforce-eager", "--max-model-len", "64", "--kv-cache-memory-bytes", str(2**26)]
+        command = [
+            PROGRAM,
+            "serve",
+            EXPERT,
+            "--served-model-name",
+            NAME,
+            "--port",
+            str(self.port),
+            "--host",
+            "127.0.0.1",
+        ]
+        command += [
+            "--dtype",
+            "float32",
+            "--enforce-eager",
+            "--max-model-len",
+            "64",
+            "--kv-cache-memory-bytes",
+            str(2**26),
+        ]
         environment = {**os.environ, "TORCH_COMPILE_DISABLE": "1", "OMP_NUM_THREADS": "1", "VLLM_NO_USAGE_STATS": "1"}
         with open(self.log, "ab") as log:
-            self.process = subprocess.Popen(
-                command, env=environment, stdout=log, stderr=log, start_new_session=True
-            )
+            self.process = subprocess.Popen(command, env=environment, stdout=log, stderr=log, start_new_session=True)
         deadline = time.monotonic() + 400
         while True:
             try:
@@ -125,9 +141,9 @@ def test_what_does_not_fit_is_refused(serve, tokenizer):
         connect(serve, tokenizer, max_completion_length=64)
     with pytest.raises(ExpertServerError, match=r"temperature must be in \[0, 2\], got 3"):
         connect(serve, tokenizer, temperature=3.0)
+    text = [*tokenizer(path_dataset(1)["prompt"][0]).input_ids, 38]
+    expert = connect(serve, tokenizer, eos_token_ids=[0])
     with pytest.raises(ExpertServerError, match=r"ends its answers with token 1, but the policy ends with \[0\] only"):
-        expert = connect(serve, tokenizer, eos_token_ids=[0])
-        text = [*tokenizer(path_dataset(1)["prompt"][0]).input_ids, 38]
         expert.draw([text] * 400, list(range(400)), 2.0)
 
 
@@ -147,7 +163,9 @@ def test_training_outlives_a_killed_server(serve, tmp_path):
     assert trainer.state.log_history[0]["guidance/reward/guided"] > 0
     broken = make_trainer(tmp_path, **run, max_steps=4)
     serve.kill()
-    with pytest.raises(ExpertServerError, match=r"patience=2 seconds.* from its last checkpoint, .*checkpoint-2, with"):
+    with pytest.raises(
+        ExpertServerError, match=r"patience=2 seconds.* from its last checkpoint, .*checkpoint-2, with"
+    ):
         broken.train(resume_from_checkpoint=True)
     serve.start()
     resumed = make_trainer(tmp_path, **run, max_steps=4)

@@ -14,7 +14,8 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 from tests.endpoint import VllmEndpoint
 from tests.models import tiny_model
 from tests.training import EXPERT, POLICY, path_dataset
-from trl_selective.experts import ExpertServer, ExpertServerError, completion_logps, connect_expert, server
+from trl_selective.experts import ExpertServer, ExpertServerError, completion_logps, connect_expert
+from trl_selective.experts.patient_endpoint import FIRST_PAUSE
 
 TEXTS = [[3], [2, 5], [5, 2, 4], [3, 3]]
 UNHAPPY = (503, {}, '{"error": {"message": "out of memory"}}')
@@ -33,9 +34,7 @@ def endpoint(model):
 
 def connected(endpoint, *, patience=20.0, vocab_size=7, eos=(1,), **settings) -> ExpertServer:
     name = settings.pop("name", "the-expert")
-    return ExpertServer(
-        endpoint.url, name, vocab_size=vocab_size, eos_token_ids=eos, patience=patience, **settings
-    )
+    return ExpertServer(endpoint.url, name, vocab_size=vocab_size, eos_token_ids=eos, patience=patience, **settings)
 
 
 def draw(expert: ExpertServer, texts=TEXTS):
@@ -94,7 +93,9 @@ def token(text: str, reason="length"):
 
 NONSENSE = "its answer is not what `vllm serve` answers"
 MOVED = r"It redirects to 'http://elsewhere/v1', which is not followed: if that is right, give it as expert_model_server_url\."
-PATIENCE = r" This went on for expert_model_server_patience=0\.8 seconds\. Start the server again, or be more patient\."
+PATIENCE = (
+    r" This went on for expert_model_server_patience=0\.8 seconds\. Start the server again, or be more patient\."
+)
 TROUBLES = {  # a reply, whether it may pass, what is said
     "unhappy": (UNHAPPY, True, "InternalServerError: .*out of memory"),
     "busy": ((429, {}, "{}"), True, "RateLimitError"),
@@ -144,7 +145,7 @@ def test_a_server_that_dies_and_comes_back(model):
     revived = VllmEndpoint(model, encode=lambda text: [2], port=endpoint.server.server_port)
     with revived:
         assert draw(expert) == expected
-    expert.patience = 20.0
+    expert.endpoint.patience = 20.0
     revived = VllmEndpoint(model, encode=lambda text: [2], port=endpoint.server.server_port)
     threading.Timer(0.5, revived.__enter__).start()
     try:
@@ -189,7 +190,7 @@ def test_pauses_grow_and_leave_the_random_numbers_of_training_alone(endpoint, mo
         draw(expert, [[3]])
     pauses = [later - earlier for earlier, later in pairwise(times)]
     assert 3 <= len(pauses) <= 8
-    assert pauses[-1] > 4 * server.FIRST_PAUSE / 2
+    assert pauses[-1] > 4 * FIRST_PAUSE / 2
 
 
 def test_the_key_is_sent_and_never_shown(endpoint, monkeypatch):
@@ -256,7 +257,9 @@ def test_servers_that_cannot_guide(tokenizer):
             match=r"takes texts of 64 tokens, but .* max_completion_length=64\. Start it with a larger",
         ):
             connect(endpoint, tokenizer, length=64)
-        endpoint.trouble = lambda number, headers: (404, {}, "{}") if endpoint.requests[-1][0] != "/v1/models" else None
+        endpoint.trouble = lambda number, headers: (
+            (404, {}, "{}") if endpoint.requests[-1][0] != "/v1/models" else None
+        )
         with pytest.raises(ExpertServerError, match="one for chats alone will not do"):
             connect(endpoint, tokenizer)
         endpoint.trouble = lambda number, headers: (200, {"Content-Type": "text/html"}, "<html>Welcome</html>")

@@ -6,8 +6,9 @@ from trl_selective.experts.endpoint import endpoint_client
 from trl_selective.experts.endpoint_source import EndpointSource
 from trl_selective.experts.local import check_expert, load_expert, load_expert_tokenizer, on_device
 from trl_selective.experts.local_source import LocalSource
+from trl_selective.experts.patient_endpoint import ExpertServerError
 from trl_selective.experts.scoring import completion_logps, evaluation_mode
-from trl_selective.experts.server import ExpertServer, ExpertServerError, connect_expert, naming_last_checkpoint
+from trl_selective.experts.server import ExpertServer, connect_expert, naming_last_checkpoint
 from trl_selective.experts.sources import Completion, Sampling, Source
 
 __all__ = [

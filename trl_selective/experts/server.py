@@ -7,13 +7,9 @@ with a server that keeps seeds, a run that is resumed draws the same again.
 """
 
 import os
-import random
-import time
-from collections.abc import Callable, Collection, Iterator, Sequence
-from concurrent.futures import FIRST_EXCEPTION, ThreadPoolExecutor, wait
+from collections.abc import Collection, Iterator, Sequence
 from contextlib import contextmanager
 from functools import partial
-from threading import Event
 from typing import Any
 
 import torch
@@ -22,30 +18,18 @@ from torch import Tensor
 from transformers import PreTrainedTokenizerBase
 from transformers.trainer_utils import get_last_checkpoint
 
-from trl_selective.experts.endpoint import endpoint_client, failure_reason
 from trl_selective.experts.local import check_vocabulary
+from trl_selective.experts.patient_endpoint import ExpertServerError, PatientEndpoint
 
 FULL_LAW = {"top_p": 1.0, "presence_penalty": 0.0, "frequency_penalty": 0.0}
 OF_VLLM = {"top_k": 0, "min_p": 0.0, "repetition_penalty": 1.0, "return_tokens_as_token_ids": True}
 ID_PREFIX = "token_id:"
 
-REQUEST_TIMEOUT, LAST_TIMEOUT = 60.0, 0.1  # seconds for an answer; and just before patience ends
-FIRST_PAUSE, LONGEST_PAUSE = 0.1, 10.0  # seconds between tries
-MAY_PASS = (408, 409, 429)  # of the HTTP statuses below 500
 NUM_PROBED = 32  # tokens of the text that shows whether policy and server have one vocabulary
-WAYS_OUT = {
-    401: "Put its key into the environment variable OPENAI_API_KEY.",
-    403: "Put its key into the environment variable OPENAI_API_KEY.",
-    404: "Expected an endpoint for completions, as `vllm serve` has one (one for chats alone will not do); its address often ends in /v1.",
-}
-
-
-class ExpertServerError(RuntimeError):
-    """The expert server cannot be asked, or not be understood."""
 
 
 class ExpertServer:
-    """An expert that draws the next token of given texts, and says how likely given tokens are. `connect` checks that it can.
+    """An expert that draws the next token of given texts, and says how likely given tokens are. `connect_expert` checks that it can.
 
     Args:
         url: of the endpoint, such as "http://localhost:8000/v1".
@@ -71,12 +55,9 @@ class ExpertServer:
         scores: bool = False,
         concurrency: int = 64,
     ):
-        self.url, self.name, self.patience, self.scores = url, name, patience, scores
+        self.url, self.name, self.scores = url, name, scores
         self.vocab_size, self.eos_token_ids = vocab_size, frozenset(eos_token_ids)
-        self._client = endpoint_client(url, timeout=REQUEST_TIMEOUT, max_retries=0)  # which knows no bound in seconds
-        self._pool = ThreadPoolExecutor(concurrency, thread_name_prefix="expert-server")
-        self._jitter = random.Random()  # its own: the global one belongs to training
-        self._has_drawn = False
+        self.endpoint = PatientEndpoint(url, f"The expert {name!r}", patience=patience, concurrency=concurrency)
 
     def draw(self, texts: Sequence[Sequence[int]], seeds: Sequence[int], temperature: float) -> list[int]:
         """The next token of each text, drawn from the expert's full distribution at `temperature`.
@@ -84,7 +65,7 @@ class ExpertServer:
         Raises:
             ExpertServerError: if a request fails for good, or if the token is none of the policy's.
         """
-        return self._ask_all(
+        return self.endpoint.ask_all(
             [partial(self._draw, list(text), seed, temperature) for text, seed in zip(texts, seeds, strict=True)]
         )
 
@@ -97,7 +78,9 @@ class ExpertServer:
             ExpertServerError: if a request fails for good.
         """
         pairs = zip(prompt_ids, completion_ids, strict=True)
-        return self._ask_all([partial(self._score, list(prompt), list(completion)) for prompt, completion in pairs])
+        return self.endpoint.ask_all(
+            [partial(self._score, list(prompt), list(completion)) for prompt, completion in pairs]
+        )
 
     # ---- Requests ----------------------------------------------------------------------------------------------------------------------
 
@@ -115,7 +98,7 @@ class ExpertServer:
                 "only, so that rollouts would run on behind the expert's end. Give the policy a tokenizer with this `eos_token`, or add it to "
                 "its `generation_config.eos_token_id`."
             )
-        self._has_drawn = True
+        self.endpoint.is_known = True
         return token
 
     def _score(self, prompt: list[int], completion: list[int], timeout: float) -> Tensor:
@@ -129,7 +112,7 @@ class ExpertServer:
         return _token_ids(self._complete(text, timeout, max_tokens=0, echo=True))
 
     def _complete(self, prompt: str | list[int], timeout: float, *, temperature: float = 1.0, **settings) -> Any:
-        response = self._client.completions.create(
+        response = self.endpoint.client.completions.create(
             model=self.name,
             prompt=prompt,
             logprobs=0,  # of the tokens alone
@@ -141,58 +124,6 @@ class ExpertServer:
         )
         return response.choices[0]
 
-    def _ask_all(self, questions: Sequence[Callable[[float], Any]]) -> list:
-        """The answers to all questions, asked at once. The first that fails for good ends the others."""
-        stopped = Event()
-        futures = [self._pool.submit(self._ask, question, stopped) for question in questions]
-        try:
-            for future in wait(futures, return_when=FIRST_EXCEPTION).done:
-                future.result()
-            return [future.result() for future in futures]
-        finally:
-            stopped.set()
-            for future in futures:
-                future.cancel()
-
-    def _ask(self, question: Callable[[float], Any], stopped: Event) -> Any:
-        """The answer to a question, which takes the seconds that it may last, and is asked again while patience lasts."""
-        from openai import OpenAIError
-
-        deadline, pause = time.monotonic() + self.patience, FIRST_PAUSE
-        while True:
-            try:
-                return question(min(REQUEST_TIMEOUT, max(deadline - time.monotonic(), LAST_TIMEOUT)))
-            except (OpenAIError, ValueError, TypeError, AttributeError, IndexError) as failure:
-                error: Exception = failure  # which the library did not expect, if it is none of its own
-            rest = min(pause * self._jitter.uniform(0.5, 1), deadline - LAST_TIMEOUT - time.monotonic())
-            if rest <= 0 or not self._may_pass(error) or stopped.wait(rest):
-                raise self._failure(error) from None
-            pause = min(2 * pause, LONGEST_PAUSE)
-
-    def _may_pass(self, error: Exception) -> bool:
-        """A server that never drew a token may be none: then nobody there, or nonsense, is an error at once."""
-        from openai import APIStatusError, APITimeoutError
-
-        if isinstance(error, APIStatusError):
-            return error.status_code >= 500 or error.status_code in MAY_PASS
-        return self._has_drawn or isinstance(error, APITimeoutError)
-
-    def _failure(self, error: Exception) -> ExpertServerError:
-        from openai import OpenAIError
-
-        if isinstance(error, OpenAIError):
-            reason = failure_reason(error, self._client, "expert_model_server_url")
-        else:
-            reason = f"its answer is not what `vllm serve` answers ({type(error).__name__}: {error})."
-        way_out = WAYS_OUT.get(
-            getattr(error, "status_code", 0), "Is `vllm serve` running there? Its log may say more."
-        )
-        if self._may_pass(error):
-            way_out = f"This went on for expert_model_server_patience={self.patience:g} seconds. Start the server again, or be more patient."
-        return ExpertServerError(
-            f"The expert {self.name!r} behind {self.url} does not answer as it should: {reason} {way_out}"
-        )
-
     # ---- Checks ------------------------------------------------------------------------------------------------------------------------
 
     def check(self, tokenizer: PreTrainedTokenizerBase, max_completion_length: int, temperature: float) -> None:
@@ -202,7 +133,9 @@ class ExpertServer:
         Raises:
             ExpertServerError: if not.
         """
-        (served,) = self._ask_all([lambda timeout: list(self._client.models.list(timeout=timeout).data)])
+        (served,) = self.endpoint.ask_all(
+            [lambda timeout: list(self.endpoint.client.models.list(timeout=timeout).data)]
+        )
         model = {each.id: each for each in served}.get(self.name)
         if model is None:
             raise ExpertServerError(
@@ -216,14 +149,14 @@ class ExpertServer:
             )
         text = _probe(tokenizer, self.vocab_size)
         ours = tokenizer(text, add_special_tokens=False)["input_ids"]
-        (theirs,) = self._ask_all([partial(self._tokenize, text)])
+        (theirs,) = self.endpoint.ask_all([partial(self._tokenize, text)])
         if ours != theirs:
             raise ExpertServerError(
                 f"The expert behind {self.url} reads {text!r} as the tokens {theirs}, but the policy's tokenizer reads it as {ours}. Token-level "
                 "guidance needs one vocabulary: serve an expert of the policy's model family."
             )
         last = {str(self.vocab_size - 1): 0.0}  # a bias that changes nothing, but for a token that must be there
-        self._ask_all([partial(self._draw, ours, 0, temperature, logit_bias=last)])
+        self.endpoint.ask_all([partial(self._draw, ours, 0, temperature, logit_bias=last)])
 
 
 def connect_expert(
