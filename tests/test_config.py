@@ -403,3 +403,60 @@ def test_settings_with_effect_do_not_warn(settings):
     with warnings.catch_warnings():
         warnings.simplefilter("error", UserWarning)
         config(**settings)
+
+
+# ---- An expert behind a server -------------------------------------------------------------------------------------------------------------
+
+SERVER = {**GUIDED, "expert_model_server_url": "http://localhost:8000/v1"}
+
+
+def test_an_expert_behind_a_server():
+    args = config(**SERVER)
+    assert (args.expert_model_server_patience, args.guided_sampler) == (600.0, "auto")
+    assert config(**SERVER, guided_importance_correction="token_truncate").temperature == 1.0
+    assert config(**SERVER, guided_sampler="coin", temperature=0.7).temperature == 0.7
+
+
+@pytest.mark.parametrize(
+    "url",
+    ["localhost:8000/v1", "http:///v1", "file:///v1", "https://key@host/v1", "https://me:key@host/v1", "https://:key@host/v1", "http://h/v1?k=key", ""],
+)  # fmt: skip
+def test_an_address_is_one_and_holds_no_key(url):
+    with pytest.raises(
+        ValueError, match=r"expert_model_server_url must be an address such as .*OPENAI_API_KEY"
+    ) as caught:
+        config(**{**SERVER, "expert_model_server_url": url})
+    assert not re.search(r"key[@']", str(caught.value))
+
+
+@pytest.mark.parametrize(
+    ("settings", "message"),
+    [
+        ({"guided_sampler": "speculative"}, "guided_sampler='speculative' needs the distributions of the expert, .* Use 'coin' or 'auto'"),
+        ({"guided_sampler": "stepwise"}, "guided_sampler='stepwise' needs the distributions"),
+        ({"expert_model_offload": True, "expert_model_revision": "v1"},
+         "expert_model_revision='v1', expert_model_offload=True is for an expert in this process, .* unset it here"),
+        ({"expert_model_init_kwargs": {"dtype": "float16"}}, "expert_model_init_kwargs=.* is for an expert in this process"),
+        ({"guided_importance_correction": "token_truncate", "temperature": 0.7},
+         r"guided_importance_correction='token_truncate' needs the expert's probabilities at temperature=0\.7, .*at 1 alone\. Use temperature=1\.0"),
+        ({**INJECTED, "num_guided_generations": 0, "injection_correction": "truncated", "temperature": 0.7},
+         r"injection_correction='truncated' needs the expert's probabilities at temperature=0\.7"),
+        ({"expert_model_server_patience": 0.0}, "expert_model_server_patience must be positive, got 0"),
+        ({"expert_model_server_patience": float("inf")}, "expert_model_server_patience must be finite, got inf"),
+    ],
+)  # fmt: skip
+def test_what_an_expert_behind_a_server_cannot_do(settings, message):
+    with pytest.raises(ValueError, match=message):
+        config(**{**SERVER, **settings})
+
+
+@pytest.mark.parametrize(
+    ("settings", "message"),
+    [
+        ({**SERVER, "draft_length": 4}, "draft_length set, but without effect with an expert behind a server, which takes no drafts"),
+        ({**GUIDED, "expert_model_server_patience": 5.0}, "expert_model_server_patience set, but .* no expert_model_server_url"),
+        ({"expert_model_server_url": "http://h/v1"}, "expert_model_server_url set, but .* num_guided_generations=0"),
+    ],
+)  # fmt: skip
+def test_a_setting_of_servers_without_effect_warns_once(settings, message):
+    assert_warns_once(settings, message)

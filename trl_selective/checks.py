@@ -55,7 +55,7 @@ def check_arguments(arguments: dict[str, Any], settings: list[str]) -> None:
 
 
 def check_expert_argument(arguments: dict[str, Any], expert_model: Any, need: str, way_out: str) -> None:
-    """Refuse an expert that is missing, no model, or the policy itself.
+    """Refuse an expert that is missing, no model, or the policy itself; where a server has it, one that is no name.
 
     Args:
         arguments: of the trainer's constructor, by name.
@@ -65,6 +65,12 @@ def check_expert_argument(arguments: dict[str, Any], expert_model: Any, need: st
     Raises:
         ValueError: if there is no expert, or if it shares parameters with the policy.
     """
+    url = getattr(arguments["args"], "expert_model_server_url", None)
+    if url is not None and not (isinstance(expert_model, str) and expert_model):
+        raise ValueError(
+            f"expert_model_server_url={url!r} needs the name under which the server knows the expert, got {type(expert_model).__name__}. Set "
+            "`expert_model_name_or_path` to it, or unset the url to guide with a model in this process."
+        )
     if expert_model is None or expert_model == "":
         raise ValueError(
             f"{need} needs an expert, got none. Pass `expert_model` to the trainer or set `expert_model_name_or_path`, or {way_out}."

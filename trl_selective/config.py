@@ -6,6 +6,7 @@ import warnings
 from dataclasses import dataclass, field
 from numbers import Integral, Real
 from typing import Any
+from urllib.parse import SplitResult, urlsplit
 
 from trl import GRPOConfig
 
@@ -28,6 +29,7 @@ TRUNCATED = ("truncated", "sequence_truncated")  # those that need the expert's 
 DEFAULTS: dict[str, Any] = {
     "num_guided_generations": 0,
     "expert_model_offload": False,
+    "expert_model_server_patience": 600.0,
     "guidance_weighting": "entropy",
     "entropy_quantile": 0.95,
     "entropy_threshold_floor": 0.0,
@@ -69,7 +71,7 @@ AT_LEAST = {
     "max_injected_per_batch": 1,
 }
 FRACTIONS = ("guidance_weight_max", "injection_probability")
-POSITIVE = ("reward_range", "importance_ratio_max", "shaping_gamma")
+POSITIVE = ("expert_model_server_patience", "reward_range", "importance_ratio_max", "shaping_gamma")
 WHOLE = (
     "num_guided_generations",
     "draft_length",
@@ -82,6 +84,11 @@ MAY_BE_INFINITE = ("guidance_steps", "importance_ratio_max")
 
 def _option(help: str, **kwargs) -> Any:
     return field(default=None, metadata={"help": help, **kwargs})
+
+
+def _without_secrets(address: SplitResult) -> str:
+    """An address without what may be a key."""
+    return address._replace(netloc=address.netloc.rpartition("@")[2], query="").geturl()
 
 
 @dataclass
@@ -111,6 +118,12 @@ class SelectiveGuidanceGRPOConfig(GRPOConfig):
             float32 on CPUs.
         expert_model_offload (`bool`, *optional*, defaults to `False`):
             Keep the expert in main memory while it is not sampling or scoring, so that training has its place on the accelerator.
+        expert_model_server_url (`str`, *optional*):
+            Address of an OpenAI-compatible completions endpoint, such as `http://localhost:8000/v1` of `vllm serve`, that serves the expert
+            under the name `expert_model_name_or_path`. No expert is loaded then: the server draws single tokens where a coin of weight w
+            shows heads. Its key, if it wants one, is read from the environment variable `OPENAI_API_KEY`.
+        expert_model_server_patience (`float`, *optional*, defaults to `600.0`):
+            Seconds for which a request to that server is repeated while it fails, before training stops.
 
         > Parameters that control where the expert steps in (Eq. 6)
 
@@ -220,6 +233,12 @@ class SelectiveGuidanceGRPOConfig(GRPOConfig):
         "Keyword arguments to load the expert with, as JSON."
     )
     expert_model_offload: bool | None = _option("Keep the expert in main memory between rollouts (default False).")
+    expert_model_server_url: str | None = _option(
+        "Completions endpoint that serves the expert under its name, such as http://localhost:8000/v1 of vllm serve."
+    )
+    expert_model_server_patience: float | None = _option(
+        "Seconds for which a failing request to it is repeated before training stops (default 600)."
+    )
 
     guidance_weighting: str | None = _option(
         "How the expert's share follows from the policy's entropy (default entropy).", choices=sorted(WEIGHTINGS)
@@ -299,6 +318,8 @@ class SelectiveGuidanceGRPOConfig(GRPOConfig):
         if self.num_guided_generations or self.num_injected_completions:
             self._check_groups()
             self._check_combinations()
+            if self.expert_model_server_url is not None:
+                self._check_server()
         if self.num_guided_generations:
             self._check_guided()
         if self.num_injected_completions:
@@ -443,6 +464,36 @@ class SelectiveGuidanceGRPOConfig(GRPOConfig):
                 "mixture_policy='initial' the sampler sees only those of the initial one. Use mixture_policy='current' or 'none'."
             )
 
+    def _check_server(self) -> None:
+        address = urlsplit(self.expert_model_server_url)
+        if address.scheme not in ("http", "https") or not address.hostname or address.query or "@" in address.netloc:
+            raise ValueError(
+                f"expert_model_server_url must be an address such as 'http://localhost:8000/v1', got {_without_secrets(address)!r}. A key goes "
+                "into the environment variable OPENAI_API_KEY, where nobody saves it."
+            )
+        local = ("expert_model_revision", "expert_model_init_kwargs", "expert_model_offload")
+        if given := [f"{name}={getattr(self, name)!r}" for name in local if getattr(self, name)]:
+            raise ValueError(
+                f"{', '.join(given)} is for an expert in this process, but expert_model_server_url names a server. Start the server with what "
+                "you need, and unset it here."
+            )
+        if self.num_guided_generations and self.guided_sampler not in ("auto", "coin"):
+            raise ValueError(
+                f"guided_sampler={self.guided_sampler!r} needs the distributions of the expert, but a server only draws from them. Use 'coin' or "
+                "'auto', or load the expert here."
+            )
+        corrections = {
+            "guided_importance_correction": self.num_guided_generations
+            and self.guided_importance_correction != "none",
+            "injection_correction": self.num_injected_completions and self.injection_correction in TRUNCATED,
+        }
+        for name, needs_probabilities in corrections.items():
+            if needs_probabilities and self.temperature != 1:
+                raise ValueError(
+                    f"{name}={getattr(self, name)!r} needs the expert's probabilities at temperature={self.temperature:g}, but a server gives "
+                    f"them at 1 alone. Use temperature=1.0, another {name}, or load the expert here."
+                )
+
     def _check_injection(self) -> None:
         if self.importance_sampling_level == "sequence" and self.injection_correction in (
             "policy_shaping",
@@ -483,6 +534,9 @@ class SelectiveGuidanceGRPOConfig(GRPOConfig):
             and not (injected and self.injection_correction in TRUNCATED)
             and {"importance_ratio_max"},
             f"guided_sampler={self.guided_sampler!r}": self.guided_sampler in ("coin", "stepwise")
+            and {"draft_length", "max_draft_length"},
+            "no expert_model_server_url": self.expert_model_server_url is None and {"expert_model_server_patience"},
+            "an expert behind a server, which takes no drafts": self.expert_model_server_url is not None
             and {"draft_length", "max_draft_length"},
             f"draft_length={self.draft_length}": self.draft_length is not None and {"max_draft_length"},
             f"injection_correction={self.injection_correction!r}": "policy_shaping" not in self.injection_correction

@@ -36,11 +36,14 @@ from trl_selective.checks import (
 from trl_selective.config import GUIDANCE_FIELDS, TRUNCATED, SelectiveGuidanceGRPOConfig
 from trl_selective.experts import (
     CompletionReader,
+    ExpertServer,
     check_expert,
     completion_logps,
+    connect_expert,
     evaluation_mode,
     load_expert,
     load_expert_tokenizer,
+    naming_last_checkpoint,
     on_device,
 )
 from trl_selective.functional.advantages import mixed_group_advantages, reward_span, total_reward
@@ -88,7 +91,8 @@ class SelectiveGuidanceGRPOTrainer(GRPOTrainer):
             As for [`~trl.GRPOTrainer`], with its names, order and defaults. `args` is a [`SelectiveGuidanceGRPOConfig`]; with a plain
             [`~trl.GRPOConfig`] there is no guidance.
         expert_model (`str` or [`~transformers.PreTrainedModel`], *optional*, keyword-only):
-            The expert: Hub id, local path, or model (which is frozen in place). Defaults to `args.expert_model_name_or_path`.
+            The expert: Hub id, local path, or model (which is frozen in place); with `args.expert_model_server_url` its name there. Defaults
+            to `args.expert_model_name_or_path`.
         expert_processing_class ([`~transformers.PreTrainedTokenizerBase`], *optional*, keyword-only):
             The expert's tokenizer, only compared with the policy's. Defaults to the one beside the expert's weights.
         injection_trigger ([`~trl_selective.selection.Trigger`], *optional*, keyword-only):
@@ -215,6 +219,21 @@ class SelectiveGuidanceGRPOTrainer(GRPOTrainer):
 
     def _set_up_expert(self, expert_model, expert_processing_class) -> None:
         args = self.args
+        self.expert_model: PreTrainedModel | ExpertServer
+        if args.expert_model_server_url is not None:
+            self.expert_model = connect_expert(
+                args.expert_model_server_url,
+                expert_model,
+                self._tokenizer,
+                expert_tokenizer=expert_processing_class,
+                eos_token_ids=self.eos_token_ids,
+                max_completion_length=self.max_completion_length,
+                temperature=self.temperature,
+                patience=args.expert_model_server_patience,
+                scores=args.guided_importance_correction != "none",
+            )
+            self._shared_vocab_size = self.expert_model.vocab_size
+            return
         source = {
             "revision": args.expert_model_revision,
             "init_kwargs": args.expert_model_init_kwargs,
@@ -312,9 +331,10 @@ class SelectiveGuidanceGRPOTrainer(GRPOTrainer):
     def _generate_and_score_completions(self, inputs):
         self._batch = self._plan_batch(inputs)
         try:
-            output = super()._generate_and_score_completions(inputs)
-            if self._batch is not None:
-                output = self._apply_guidance(output, self._batch)
+            with naming_last_checkpoint(self.args.output_dir):
+                output = super()._generate_and_score_completions(inputs)
+                if self._batch is not None:
+                    output = self._apply_guidance(output, self._batch)
             if self.log_completions and self._settings_in_use() and self.model.training:
                 self._logged_batch = self._batch_as_logged(len(inputs), self._batch)
             return output
@@ -536,18 +556,22 @@ class SelectiveGuidanceGRPOTrainer(GRPOTrainer):
         injected = self._batch.injected(self.accelerator.process_index)
         unknown = [row for row, choice in injected.items() if choice.completion.logps is None]
         prompts = [output["prompt_ids"][row][output["prompt_mask"][row].bool()].tolist() for row in unknown]
-        scored: list = []
-        if unknown:
-            texts = [injected[row].completion.token_ids for row in unknown]
-            with self._expert_at_hand():
-                scored = completion_logps(self.expert_model, prompts, texts, temperature=self.temperature)
-            check_scored(scored, [self._batch.rows[row]["prompt"] for row in unknown])
+        texts = [injected[row].completion.token_ids for row in unknown]
+        scored = self._expert_logps(prompts, texts) if unknown else []
+        check_scored(scored, [self._batch.rows[row]["prompt"] for row in unknown])
         known = {
             row: choice.completion.logps for row, choice in injected.items() if choice.completion.logps is not None
         }
         for row, logps in {**known, **dict(zip(unknown, scored, strict=True))}.items():
             values[row, : len(logps)] = torch.as_tensor(logps, dtype=values.dtype)
         return values
+
+    def _expert_logps(self, prompt_ids, completion_ids) -> list[torch.Tensor]:
+        """log pi* of each token of given completions."""
+        if isinstance(self.expert_model, ExpertServer):
+            return self.expert_model.completion_logps(prompt_ids, completion_ids)
+        with self._expert_at_hand():
+            return completion_logps(self.expert_model, prompt_ids, completion_ids, temperature=self.temperature)
 
     # ---- Rewards and advantages --------------------------------------------------------------------------------------------------------
 
@@ -732,8 +756,8 @@ class SelectiveGuidanceGRPOTrainer(GRPOTrainer):
         totals = self._sum_over_processes(torch.tensor(list(sums.values()), dtype=torch.float64)).tolist()
         sums = dict(zip(sums, totals, strict=True))
         metrics = rollout_metrics(sums)
-        # With "initial", the rollout knows that policy's probabilities and not those of the trained one.
-        if self.args.mixture_policy == "current":
+        # With "initial", the rollout knows that policy's probabilities and not those of the trained one; not scored, not all of the mixture's.
+        if self.args.mixture_policy == "current" and rollout.is_scored:
             p99 = torch.tensor(importance_ratio_p99(rollout), device=self.accelerator.device)
             metrics |= importance_metrics(sums, self.accelerator.gather(p99).max().item())
         return metrics

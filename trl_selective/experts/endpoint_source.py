@@ -2,44 +2,15 @@
 kept: its tokenizer is not the policy's, as a rule.
 """
 
-import os
 from collections import deque
 from collections.abc import Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict, dataclass
 from typing import Any
 
+from trl_selective.experts.endpoint import failure_reason
 from trl_selective.experts.sources import Completion, Sampling
 from trl_selective.grading import Conversation
-
-
-def endpoint_client(base_url: str | None, *, timeout: float, max_retries: int) -> Any:
-    """An `openai.OpenAI` for an endpoint that speaks its protocol. The key, if it wants one, is read from the variable OPENAI_API_KEY.
-
-    Redirects are not followed: they would carry prompts to a place that nobody named.
-
-    Args:
-        base_url: such as "http://localhost:8000/v1".
-        timeout: seconds that a request may take.
-        max_retries: of a request that fails for a reason that may pass, with pauses that grow.
-
-    Raises:
-        ImportError: if the package `openai` is missing.
-    """
-    try:
-        from openai import DefaultHttpxClient, OpenAI
-    except ImportError as error:
-        raise ImportError(
-            'Endpoints need the package openai, which is not installed: pip install "trl-selective[server]"'
-        ) from error
-    return OpenAI(
-        base_url=base_url,
-        api_key=os.environ.get("OPENAI_API_KEY")
-        or "no-key",  # which the library demands, also for servers that do not
-        timeout=timeout,
-        max_retries=max_retries,
-        http_client=DefaultHttpxClient(follow_redirects=False),
-    )
 
 
 @dataclass
@@ -91,9 +62,7 @@ class EndpointSource:
         try:
             response = self._request(prompt, self.sampling.seed_of(row, number))
         except OpenAIError as error:
-            # A server may quote the key in its answer, which must not be shown: hence `from None` as well.
-            reason = f"{type(error).__name__}: {error}".replace(self.client.api_key, "<key>")
-            raise self._failure(row, f"{reason}{_redirect(error)}") from None
+            raise self._failure(row, failure_reason(error, self.client, "base_url")) from None
         if not getattr(response, "choices", None):
             raise self._failure(
                 row, "the answer has no `choices`. Does base_url end as the server wants it, often in /v1?"
@@ -114,11 +83,3 @@ class EndpointSource:
             f"Row {row} got no completion from {self.name!r} (max_retries={self.client.max_retries}): {reason} Rows before it are kept: start "
             "again with the same settings to go on from there."
         )
-
-
-def _redirect(error: Exception) -> str:
-    """What to do about a redirect, if it was one."""
-    response = getattr(error, "response", None)
-    if response is None or not response.has_redirect_location:
-        return ""
-    return f" It redirects to {response.headers['location']!r}, which is not followed: if that is right, give it as base_url."

@@ -131,15 +131,7 @@ def check_expert(
     Raises:
         ValueError: if a token has two ids, or if the expert ends its answers with an id that does not end the policy's.
     """
-    ours = tokenizer.get_vocab()
-    theirs = ours if expert_tokenizer is None else expert_tokenizer.get_vocab()
-    num_shared = 1 + min(max(ours.values()), max(theirs.values()))
-    for token, index in sorted(ours.items(), key=lambda item: item[1]):
-        if index < num_shared and theirs.get(token) != index:
-            raise ValueError(
-                f"The expert's tokenizer maps {token!r} to {theirs.get(token)} but the policy's maps it to {index}. Token-level guidance needs "
-                "one vocabulary: choose an expert of the policy's model family."
-            )
+    num_shared = check_vocabulary(expert_tokenizer, tokenizer)
     ends = expert.generation_config.eos_token_id if expert.generation_config else None
     ends = {*(ends if isinstance(ends, list) else [ends])} | {getattr(expert_tokenizer, "eos_token_id", None)}
     if foreign := sorted(ends - {None} - set(eos_token_ids)):
@@ -149,4 +141,18 @@ def check_expert(
             f"rollouts would run on behind the expert's end. Give the policy a tokenizer whose `eos_token` is {names[0]!r}, add the ids to its "
             "`generation_config.eos_token_id`, or correct the expert's."
         )
+    return num_shared
+
+
+def check_vocabulary(expert_tokenizer: PreTrainedTokenizerBase | None, tokenizer: PreTrainedTokenizerBase) -> int:
+    """Make sure that a token id means the same to both. Arguments, result and errors as for `check_expert`."""
+    ours = tokenizer.get_vocab()
+    theirs = ours if expert_tokenizer is None else expert_tokenizer.get_vocab()
+    num_shared = 1 + min(max(ours.values()), max(theirs.values()))
+    for token, index in sorted(ours.items(), key=lambda item: item[1]):
+        if index < num_shared and theirs.get(token) != index:
+            raise ValueError(
+                f"The expert's tokenizer maps {token!r} to {theirs.get(token)} but the policy's maps it to {index}. Token-level guidance needs "
+                "one vocabulary: choose an expert of the policy's model family."
+            )
     return num_shared

@@ -129,6 +129,18 @@ class CachedModel:
             layer.keep_columns(columns)
 
 
+class NoModel:
+    """Stands for a model that is not in this process: it reads nothing here, and has nothing to forget."""
+
+    can_forget = True
+
+    def read(self, *block, **options) -> None: ...
+
+    def keep_rows(self, rows: Int[Tensor, "kept"]) -> None: ...
+
+    def keep_columns(self, columns: Int[Tensor, "rows kept"]) -> None: ...
+
+
 class RaggedContext:
     """What two models have read of each row: the mask over the columns of both caches, and the number of tokens behind it.
 

@@ -1,6 +1,7 @@
 """The rows that are still being written. Finished rows leave the batch, and both caches with it: they cost nothing more."""
 
 from collections.abc import Collection, Sequence
+from typing import Any
 
 import torch
 from jaxtyping import Bool, Float, Int
@@ -8,7 +9,7 @@ from torch import Tensor, nn
 
 from trl_selective.rollout import GuidedRollout
 from trl_selective.sampling.draw import position_noise
-from trl_selective.sampling.kv import CachedModel, RaggedContext, left_pad
+from trl_selective.sampling.kv import CachedModel, NoModel, RaggedContext, left_pad
 
 
 class LiveRows:
@@ -17,7 +18,8 @@ class LiveRows:
     Guided rows come first: the expert reads these alone.
 
     Attributes:
-        policy, expert: the models with their caches of the live rows, of the guided ones in the case of the expert.
+        policy, expert: the models with their caches of the live rows, of the guided ones in the case of the expert. An expert that is None
+            reads nothing; it is given `texts`.
         num_guided: rows that are guided.
         context: what the policy has read, in columns shared by both caches.
         backlog: (live, columns) the last tokens of the context, which the expert has not read.
@@ -29,7 +31,7 @@ class LiveRows:
     def __init__(
         self,
         policy: nn.Module,
-        expert: nn.Module,
+        expert: nn.Module | None,
         prompt_ids: Sequence[Sequence[int]],
         pad_token_id: int,
         max_completion_length: int,
@@ -39,8 +41,10 @@ class LiveRows:
         device = next(policy.parameters()).device
         num_rows = len(prompt_ids)
         order = sorted(range(num_rows), key=lambda row: not is_guided[row])
+        self._prompt_ids = prompt_ids
         prompt_ids = [prompt_ids[row] for row in order]
-        self.policy, self.expert = CachedModel(policy, "policy"), CachedModel(expert, "expert")
+        self.policy = CachedModel(policy, "policy")
+        self.expert = NoModel() if expert is None else CachedModel(expert, "expert")
         self.num_guided = sum(is_guided)
         self.pending = torch.tensor([[ids[-1]] for ids in prompt_ids], device=device)
         self.backlog = self.pending[:, :0]
@@ -140,7 +144,18 @@ class LiveRows:
             return torch.empty(0, num_logits, 0, device=block.device)
         self._expert_forwards += self.num_guided
         block, mask, position_ids = (part[: self.num_guided] for part in (block, *extended))
+        assert isinstance(self.expert, CachedModel), "an expert that is not here reads `texts`"
         return self.expert.read(block, mask, position_ids, num_logits)
+
+    def texts(self, rows: Sequence[int]) -> list[list[int]]:
+        """Prompts and completions so far of these live rows, for an expert that reads them elsewhere: one forward each."""
+        self._expert_forwards += len(rows)
+        lengths, numbers = self.position[rows].tolist(), self._row[rows].tolist()
+        completions = self._record["completion_ids"][numbers].tolist()
+        return [
+            [*self._prompt_ids[number], *completion[:length]]
+            for number, completion, length in zip(numbers, completions, lengths, strict=True)
+        ]
 
     def commit(self, count: Int[Tensor, "live"], completion_ids: Int[Tensor, "live num"], **record: Tensor) -> None:
         """Make the first `count` of the tokens drawn part of each row, up to its end token or its last position.
@@ -204,7 +219,7 @@ class LiveRows:
     def to_rollout(self) -> GuidedRollout:
         """The record of all rows, on the host."""
         lengths = self._lengths.tolist()
-        fields = {
+        fields: dict[str, Any] = {
             name: [row[:length] for row, length in zip(values.tolist(), lengths, strict=True)]
             for name, values in self._record.items()
         }
@@ -213,4 +228,5 @@ class LiveRows:
             policy_forwards=self._policy_forwards,
             expert_forwards=self._expert_forwards,
             num_drafted=self.num_drafted,
+            is_scored=not isinstance(self.expert, NoModel),
         )

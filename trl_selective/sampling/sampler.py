@@ -31,7 +31,7 @@ class GuidedSampler(ABC):
 
     Args:
         policy: gives pi_theta, and with it H_t and w_t.
-        expert: gives pi*.
+        expert: gives pi*; None for a sampler that has it from elsewhere.
         weighting: how w follows from entropy, threshold and `max_weight`: "entropy" (the paper), "hard_gate", "constant", or a function of
             these three.
         max_weight: upper bound of w, in [0, 1].
@@ -43,7 +43,7 @@ class GuidedSampler(ABC):
     def __init__(
         self,
         policy: nn.Module,
-        expert: nn.Module,
+        expert: nn.Module | None,
         *,
         weighting: str | Weighting = "entropy",
         max_weight: float = 1.0,
@@ -65,7 +65,8 @@ class GuidedSampler(ABC):
         self.policy, self.expert = policy, expert
         self.weighting = WEIGHTINGS[weighting] if isinstance(weighting, str) else weighting
         self.max_weight = max_weight
-        heads = [model.config.get_text_config().vocab_size for model in (policy, expert)]  # type: ignore[operator, union-attr]
+        models = [policy] if expert is None else [policy, expert]
+        heads = [model.config.get_text_config().vocab_size for model in models]  # type: ignore[operator, union-attr]
         self.vocab_size = min(*heads, vocab_size or heads[0])
         self.pad_token_id = pad_token_id
         self.first_token_from_expert = first_token_from_expert

@@ -1,0 +1,173 @@
+"""The expert behind a real `vllm serve`, which runs in an environment of its own: VLLM names the program, if it is not in the path."""
+
+import os
+import shutil
+import signal
+import socket
+import subprocess
+import time
+from collections import Counter
+from urllib.request import urlopen
+
+import pytest
+import torch
+from transformers import AutoModelForCausalLM, AutoTokenizer
+
+from tests.sampling.reference import Guidance, enumerated_law
+from tests.sampling.test_law import assert_follows
+from tests.training import EXPERT, POLICY, filler_reward, make_trainer, path_dataset
+from trl_selective.experts import ExpertServer, ExpertServerError, completion_logps, connect_expert
+from trl_selective.sampling import RemoteCoinSampler
+
+PROGRAM = os.environ.get("VLLM") or shutil.which("vllm")
+NAME = "grid-expert"
+GUIDANCE = Guidance(threshold=2.0, temperature=0.9, vocab_size=45)
+
+pytestmark = [
+    pytest.mark.vllm,
+    pytest.mark.timeout(900),
+    pytest.mark.skipif(PROGRAM is None, reason="no `vllm` in the path, and none named by VLLM"),
+]
+
+
+class Serve:
+    """`vllm serve` of the quickstart's expert on a port of this machine."""
+
+    def __init__(self, log):
+        with socket.socket() as free:
+            free.bind(("127.0.0.1", 0))
+            self.port = free.getsockname()[1]
+        self.url, self.log, self.process = f"http://127.0.0.1:{self.port}/v1", log, None
+
+    def start(self):
+        """Start, and wait until it answers."""
+        command = [
+            PROGRAM,
+            "serve",
+            EXPERT,
+            "--served-model-name",
+            NAME,
+            "--port",
+            str(self.port),
+            "--host",
+            "127.0.0.1",
+        ]
+        command += [
+            "--dtype",
+            "float32",
+            "--enforce-eager",
+            "--max-model-len",
+            "64",
+            "--kv-cache-memory-bytes",
+            str(2**26),
+        ]
+        environment = {**os.environ, "TORCH_COMPILE_DISABLE": "1", "OMP_NUM_THREADS": "1", "VLLM_NO_USAGE_STATS": "1"}
+        with open(self.log, "ab") as log:
+            self.process = subprocess.Popen(command, env=environment, stdout=log, stderr=log, start_new_session=True)
+        deadline = time.monotonic() + 400
+        while True:
+            try:
+                with urlopen(f"{self.url}/models", timeout=5):
+                    return self
+            except OSError:
+                assert self.process.poll() is None, self.log.read_text()[-3000:]
+                assert time.monotonic() < deadline
+                time.sleep(1)
+
+    def kill(self):
+        """With all its children."""
+        os.killpg(self.process.pid, signal.SIGKILL)
+        self.process.wait()
+
+
+@pytest.fixture(scope="module")
+def serve(tmp_path_factory):
+    serve = Serve(tmp_path_factory.mktemp("vllm") / "log").start()
+    yield serve
+    if serve.process.poll() is None:
+        serve.kill()
+
+
+@pytest.fixture(scope="module")
+def models():
+    return [AutoModelForCausalLM.from_pretrained(name) for name in (POLICY, EXPERT)]
+
+
+@pytest.fixture(scope="module")
+def tokenizer():
+    return AutoTokenizer.from_pretrained(POLICY)
+
+
+def connect(serve, tokenizer, **changes) -> ExpertServer:
+    settings = {"expert_tokenizer": None, "max_completion_length": 26, "temperature": 1.0}
+    settings |= {"eos_token_ids": [tokenizer.eos_token_id]} | changes
+    return connect_expert(serve.url, NAME, tokenizer, **settings)
+
+
+def test_completions_follow_the_mixture(serve, models, tokenizer):
+    """A prompt behind which the next move is open."""
+    prompt = tokenizer(path_dataset(1)["prompt"][0]).input_ids
+    sampler = RemoteCoinSampler(models[0], connect(serve, tokenizer))
+    settings = {"max_completion_length": 2, "eos_token_ids": [tokenizer.eos_token_id], "temperature": 0.9}
+    rollout = sampler.sample([prompt] * 1500, entropy_threshold=GUIDANCE.threshold, **settings)
+    counts = Counter(map(tuple, rollout.completion_ids))
+    assert_follows(counts, enumerated_law(*models, prompt, 2, [tokenizer.eos_token_id], GUIDANCE))
+    for other in (Guidance("constant", max_weight=0.0, vocab_size=45), Guidance("constant", vocab_size=45)):
+        with pytest.raises(AssertionError):
+            assert_follows(counts, enumerated_law(*models, prompt, 2, [tokenizer.eos_token_id], other))
+    weights = torch.tensor([weight for row in rollout.guidance_weights for weight in row])
+    deviation = (weights * (1 - weights)).sum().sqrt().item()
+    assert abs(rollout.expert_forwards - weights.sum().item()) < 4 * deviation
+
+
+def test_it_scores_as_the_model_does(serve, models, tokenizer):
+    prompts = [tokenizer(text).input_ids for text in path_dataset(4)["prompt"][:]]
+    completions = [[38, 38, 40, tokenizer.eos_token_id], [5], [40, 38], list(range(2, 20))]
+    scored = connect(serve, tokenizer).completion_logps(prompts, completions)
+    for ours, theirs in zip(scored, completion_logps(models[1], prompts, completions), strict=True):
+        torch.testing.assert_close(ours, theirs, rtol=0, atol=1e-4)
+
+
+def test_what_does_not_fit_is_refused(serve, tokenizer):
+    larger = AutoTokenizer.from_pretrained(POLICY)
+    larger.add_tokens(["<more>"])
+    with pytest.raises(ExpertServerError, match="Token-level guidance needs one vocabulary"):
+        connect(serve, larger)
+    padded = AutoTokenizer.from_pretrained(POLICY)
+    padded.get_vocab = lambda: {**tokenizer.get_vocab(), "<more>": 45}
+    with pytest.raises(ExpertServerError, match=r"contain out-of-vocab token ids\. Vocabulary size: 45"):
+        connect(serve, padded)
+    with pytest.raises(ExpertServerError, match=r"takes texts of 64 tokens, but .* max_completion_length=64"):
+        connect(serve, tokenizer, max_completion_length=64)
+    with pytest.raises(ExpertServerError, match=r"temperature must be in \[0, 2\], got 3"):
+        connect(serve, tokenizer, temperature=3.0)
+    text = [*tokenizer(path_dataset(1)["prompt"][0]).input_ids, 38]
+    expert = connect(serve, tokenizer, eos_token_ids=[0])
+    with pytest.raises(ExpertServerError, match=r"ends its answers with token 1, but the policy ends with \[0\] only"):
+        expert.draw([text] * 400, list(range(400)), 2.0)
+
+
+def test_training_outlives_a_killed_server(serve, tmp_path):
+    run = {
+        "expert_model": NAME,
+        "expert_model_server_url": serve.url,
+        "expert_model_server_patience": 2.0,
+        "guided_sampler": "auto",
+        "guided_importance_correction": "token_truncate",
+        "reward_funcs": filler_reward,
+        "save_strategy": "steps",
+        "save_steps": 1,
+    }
+    trainer = make_trainer(tmp_path, **run, max_steps=2)
+    trainer.train()
+    assert trainer.state.log_history[0]["guidance/reward/guided"] > 0
+    broken = make_trainer(tmp_path, **run, max_steps=4)
+    serve.kill()
+    with pytest.raises(
+        ExpertServerError, match=r"patience=2 seconds.* from its last checkpoint, .*checkpoint-2, with"
+    ):
+        broken.train(resume_from_checkpoint=True)
+    serve.start()
+    resumed = make_trainer(tmp_path, **run, max_steps=4)
+    resumed.train(resume_from_checkpoint=True)
+    assert resumed.state.global_step == 4
