@@ -28,6 +28,7 @@ TRUNCATED = ("truncated", "sequence_truncated")  # those that need the expert's 
 DEFAULTS: dict[str, Any] = {
     "num_guided_generations": 0,
     "expert_model_offload": False,
+    "expert_model_shares_base": False,
     "guidance_weighting": "entropy",
     "entropy_quantile": 0.95,
     "entropy_threshold_floor": 0.0,
@@ -111,6 +112,10 @@ class SelectiveGuidanceGRPOConfig(GRPOConfig):
             float32 on CPUs.
         expert_model_offload (`bool`, *optional*, defaults to `False`):
             Keep the expert in main memory while it is not sampling or scoring, so that training has its place on the accelerator.
+        expert_model_shares_base (`bool`, *optional*, defaults to `False`):
+            With a policy that trains an adapter (PEFT): the expert is the policy's own base model, with its adapter off; or, if
+            `expert_model_name_or_path` names another adapter of that base, the base with that one. The weights of the base are in memory
+            once.
 
         > Parameters that control where the expert steps in (Eq. 6)
 
@@ -219,7 +224,14 @@ class SelectiveGuidanceGRPOConfig(GRPOConfig):
     expert_model_init_kwargs: dict[str, Any] | str | None = _option(
         "Keyword arguments to load the expert with, as JSON."
     )
-    expert_model_offload: bool | None = _option("Keep the expert in main memory between rollouts (default False).")
+    expert_model_offload: bool | None = _option(
+        "Keep the expert in main memory between rollouts (default False).", nargs="?", const=True
+    )
+    expert_model_shares_base: bool | None = _option(
+        "The expert is the base model of the adapter that is trained, or another adapter on it (default False).",
+        nargs="?",
+        const=True,
+    )
 
     guidance_weighting: str | None = _option(
         "How the expert's share follows from the policy's entropy (default entropy).", choices=sorted(WEIGHTINGS)
@@ -397,6 +409,16 @@ class SelectiveGuidanceGRPOConfig(GRPOConfig):
             raise ValueError(
                 f"multi_objective_aggregation={self.multi_objective_aggregation!r} normalises each reward over all rollouts, which has no "
                 "counterpart for guided ones. Use 'sum_then_normalize'."
+            )
+        if self.expert_model_shares_base and self.expert_model_offload:
+            raise ValueError(
+                "expert_model_offload=True would move the base model that the policy needs as well: with expert_model_shares_base=True there is "
+                "one. Unset either."
+            )
+        if self.expert_model_shares_base and self.expert_model_init_kwargs:
+            raise ValueError(
+                f"expert_model_init_kwargs={self.expert_model_init_kwargs!r} says how to load an expert, but with expert_model_shares_base=True it has "
+                "the policy's base model. Use model_init_kwargs, or unset either."
             )
         if self.max_completion_length is None:
             raise ValueError("Guidance needs a bound on lengths, got max_completion_length=None. Set it.")
