@@ -196,8 +196,7 @@ def main(
         trainer.save_model()
         trainer.create_model_card(model_name=Path(args.output_dir).resolve().name, dataset_name=dataset_name)
     trainer.accelerator.print(f"Model, card and logs are in {args.output_dir}.")
-    if hasattr(trainer, "end"):  # Transformers >= 5.18: closes trackers and the process group
-        trainer.end()
+    trainer.accelerator.end_training()  # closes trackers and the process group
 
 
 def check_processes(expected: int | None, actual: int) -> None:

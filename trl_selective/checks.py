@@ -4,6 +4,7 @@ import os
 from collections.abc import Sequence
 from typing import Any
 
+from peft import PeftModel
 from torch import Tensor, nn
 from transformers import GenerationConfig
 
@@ -84,6 +85,28 @@ def check_expert_argument(arguments: dict[str, Any], expert_model: Any, need: st
         raise ValueError(
             "expert_model shares parameters with the model that is trained, which freezing it would stop. Load it a second time, or pass its "
             "path."
+        )
+
+
+def check_shared_base(arguments: dict[str, Any], expert_model: Any) -> None:
+    """Refuse an expert on the policy's base model where the policy has no adapter, or where the expert comes with a base of its own.
+
+    Args:
+        arguments: of the trainer's constructor, by name.
+        expert_model: the expert as given there or in the config.
+
+    Raises:
+        ValueError: saying which.
+    """
+    if not (arguments.get("peft_config") or isinstance(arguments["model"], PeftModel)):
+        raise ValueError(
+            "expert_model_shares_base=True needs a policy that trains an adapter, got one whose own weights are trained: its base would not stay "
+            "what it is. Pass a `peft_config` (`--use_peft` on the command line), or name an expert and unset expert_model_shares_base."
+        )
+    if not isinstance(expert_model, (str, os.PathLike, type(None))):
+        raise ValueError(
+            f"expert_model_shares_base=True takes the folder or Hub id of an adapter, or no expert_model at all for the base itself; got a "
+            f"{type(expert_model).__name__}. Unset expert_model_shares_base to use the model that you pass."
         )
 
 

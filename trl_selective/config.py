@@ -30,6 +30,7 @@ DEFAULTS: dict[str, Any] = {
     "num_guided_generations": 0,
     "expert_model_offload": False,
     "expert_model_server_patience": 600.0,
+    "expert_model_shares_base": False,
     "guidance_weighting": "entropy",
     "entropy_quantile": 0.95,
     "entropy_threshold_floor": 0.0,
@@ -124,6 +125,10 @@ class SelectiveGuidanceGRPOConfig(GRPOConfig):
             shows heads. Its key, if it wants one, is read from the environment variable `OPENAI_API_KEY`.
         expert_model_server_patience (`float`, *optional*, defaults to `600.0`):
             Seconds for which a request to that server is repeated while it fails, before training stops.
+        expert_model_shares_base (`bool`, *optional*, defaults to `False`):
+            With a policy that trains an adapter (PEFT): the expert is the policy's own base model, with its adapter off; or, if
+            `expert_model_name_or_path` names another adapter of that base, the base with that one. The weights of the base are in memory
+            once.
 
         > Parameters that control where the expert steps in (Eq. 6)
 
@@ -232,12 +237,19 @@ class SelectiveGuidanceGRPOConfig(GRPOConfig):
     expert_model_init_kwargs: dict[str, Any] | str | None = _option(
         "Keyword arguments to load the expert with, as JSON."
     )
-    expert_model_offload: bool | None = _option("Keep the expert in main memory between rollouts (default False).")
     expert_model_server_url: str | None = _option(
         "Completions endpoint that serves the expert under its name, such as http://localhost:8000/v1 of vllm serve."
     )
     expert_model_server_patience: float | None = _option(
         "Seconds for which a failing request to it is repeated before training stops (default 600)."
+    )
+    expert_model_offload: bool | None = _option(
+        "Keep the expert in main memory between rollouts (default False).", nargs="?", const=True
+    )
+    expert_model_shares_base: bool | None = _option(
+        "The expert is the base model of the adapter that is trained, or another adapter on it (default False).",
+        nargs="?",
+        const=True,
     )
 
     guidance_weighting: str | None = _option(
@@ -427,6 +439,16 @@ class SelectiveGuidanceGRPOConfig(GRPOConfig):
                 f"multi_objective_aggregation={self.multi_objective_aggregation!r} normalises each reward over all rollouts, which has no "
                 "counterpart for guided ones. Use 'sum_then_normalize'."
             )
+        if self.expert_model_shares_base and self.expert_model_offload:
+            raise ValueError(
+                "expert_model_offload=True would move the base model that the policy needs as well: with expert_model_shares_base=True there is "
+                "one. Unset either."
+            )
+        if self.expert_model_shares_base and self.expert_model_init_kwargs:
+            raise ValueError(
+                f"expert_model_init_kwargs={self.expert_model_init_kwargs!r} says how to load an expert, but with expert_model_shares_base=True it has "
+                "the policy's base model. Use model_init_kwargs, or unset either."
+            )
         if self.max_completion_length is None:
             raise ValueError("Guidance needs a bound on lengths, got max_completion_length=None. Set it.")
 
@@ -471,7 +493,12 @@ class SelectiveGuidanceGRPOConfig(GRPOConfig):
                 f"expert_model_server_url must be an address such as 'http://localhost:8000/v1', got {_without_secrets(address)!r}. A key goes "
                 "into the environment variable OPENAI_API_KEY, where nobody saves it."
             )
-        local = ("expert_model_revision", "expert_model_init_kwargs", "expert_model_offload")
+        local = (
+            "expert_model_revision",
+            "expert_model_init_kwargs",
+            "expert_model_offload",
+            "expert_model_shares_base",
+        )
         if given := [f"{name}={getattr(self, name)!r}" for name in local if getattr(self, name)]:
             raise ValueError(
                 f"{', '.join(given)} is for an expert in this process, but expert_model_server_url names a server. Start the server with what "

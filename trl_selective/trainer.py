@@ -7,6 +7,7 @@ Nothing of TRL is copied: every override does its part before or after `super()`
 import copy
 import inspect
 import logging
+import os
 import time
 import warnings
 from collections import defaultdict
@@ -32,19 +33,23 @@ from trl_selective.checks import (
     check_generation_config,
     check_scored,
     refuse_update,
+    check_shared_base,
 )
 from trl_selective.config import GUIDANCE_FIELDS, TRUNCATED, SelectiveGuidanceGRPOConfig
 from trl_selective.experts import (
     CompletionReader,
     ExpertServer,
+    Expert,
     check_expert,
     completion_logps,
     connect_expert,
     evaluation_mode,
+    load_adapter_tokenizer,
     load_expert,
     load_expert_tokenizer,
     naming_last_checkpoint,
     on_device,
+    share_base,
 )
 from trl_selective.functional.advantages import mixed_group_advantages, reward_span, total_reward
 from trl_selective.functional.importance import injected_importance_weight
@@ -91,8 +96,9 @@ class SelectiveGuidanceGRPOTrainer(GRPOTrainer):
             As for [`~trl.GRPOTrainer`], with its names, order and defaults. `args` is a [`SelectiveGuidanceGRPOConfig`]; with a plain
             [`~trl.GRPOConfig`] there is no guidance.
         expert_model (`str` or [`~transformers.PreTrainedModel`], *optional*, keyword-only):
-            The expert: Hub id, local path, or model (which is frozen in place); with `args.expert_model_server_url` its name there. Defaults
-            to `args.expert_model_name_or_path`.
+            The expert: Hub id, local path, or model (which is frozen in place); with `args.expert_model_server_url` its name there; with
+            `args.expert_model_shares_base` an adapter of the policy's base model, or nothing for that base itself. Defaults to
+            `args.expert_model_name_or_path`.
         expert_processing_class ([`~transformers.PreTrainedTokenizerBase`], *optional*, keyword-only):
             The expert's tokenizer, only compared with the policy's. Defaults to the one beside the expert's weights.
         injection_trigger ([`~trl_selective.selection.Trigger`], *optional*, keyword-only):
@@ -177,25 +183,27 @@ class SelectiveGuidanceGRPOTrainer(GRPOTrainer):
         return [name for name in ("num_guided_generations", "num_injected_completions") if getattr(self, name)]
 
     def _needs_expert(self, args: GRPOConfig, arguments: dict, expert_model) -> bool:
-        """Whether an expert model has to be loaded. What is missing is refused; what has no use is named."""
+        """Whether an expert model has to be set up. What is missing is refused; what has no use is named."""
+        shares_base = getattr(args, "expert_model_shares_base", False)
+        is_given = expert_model is not None or shares_base
+
+        def check(need: str, way_out: str) -> None:
+            if shares_base:
+                check_shared_base(arguments, expert_model)
+            else:
+                check_expert_argument(arguments, expert_model, need, way_out)
+
         if self.num_guided_generations:
-            check_expert_argument(
-                arguments,
-                expert_model,
-                "num_guided_generations > 0",
-                "set num_guided_generations=0 for plain GRPO",
-            )
+            check("num_guided_generations > 0", "set num_guided_generations=0 for plain GRPO")
             return True
         if self.num_injected_completions and args.injection_correction in TRUNCATED:
-            if expert_model is not None or args.expert_logprobs_column is None:
-                check_expert_argument(
-                    arguments,
-                    expert_model,
+            if is_given or args.expert_logprobs_column is None:
+                check(
                     f"injection_correction={args.injection_correction!r} without an expert_logprobs_column",
                     "set expert_logprobs_column, or use 'policy_shaping'",
                 )
-            return expert_model is not None
-        if expert_model is not None:
+            return is_given
+        if is_given:
             warnings.warn(
                 "An expert is given, but without effect: num_guided_generations is 0. Set it in a SelectiveGuidanceGRPOConfig.",
                 stacklevel=3,
@@ -219,19 +227,9 @@ class SelectiveGuidanceGRPOTrainer(GRPOTrainer):
 
     def _set_up_expert(self, expert_model, expert_processing_class) -> None:
         args = self.args
-        self.expert_model: PreTrainedModel | ExpertServer
+        self.expert_model: Expert | ExpertServer
         if args.expert_model_server_url is not None:
-            self.expert_model = connect_expert(
-                args.expert_model_server_url,
-                expert_model,
-                self._tokenizer,
-                expert_tokenizer=expert_processing_class,
-                eos_token_ids=self.eos_token_ids,
-                max_completion_length=self.max_completion_length,
-                temperature=self.temperature,
-                patience=args.expert_model_server_patience,
-                scores=args.guided_importance_correction != "none",
-            )
+            self.expert_model = self._expert_behind_server(expert_model, expert_processing_class)
             self._shared_vocab_size = self.expert_model.vocab_size
             return
         source = {
@@ -239,11 +237,37 @@ class SelectiveGuidanceGRPOTrainer(GRPOTrainer):
             "init_kwargs": args.expert_model_init_kwargs,
             "trust_remote_code": args.trust_remote_code,
         }
-        self.expert_model = load_expert(
-            expert_model, self.accelerator.device, **source, offload=args.expert_model_offload
-        )
-        tokenizer = expert_processing_class or load_expert_tokenizer(self.expert_model, **source)
+        if args.expert_model_shares_base:
+            adapter = expert_model or None
+            self.expert_model = self._expert_on_base(adapter)
+            del source["init_kwargs"]  # refused, since nothing is loaded with them
+            tokenizer = expert_processing_class or (load_adapter_tokenizer(adapter, **source) if adapter else None)
+        else:
+            self.expert_model = load_expert(
+                expert_model, self.accelerator.device, **source, offload=args.expert_model_offload
+            )
+            tokenizer = expert_processing_class or load_expert_tokenizer(self.expert_model, **source)
         self._shared_vocab_size = check_expert(self.expert_model, tokenizer, self._tokenizer, self.eos_token_ids)
+
+    def _expert_behind_server(self, name: str, tokenizer) -> ExpertServer:
+        args = self.args
+        return connect_expert(
+            args.expert_model_server_url,
+            name,
+            self._tokenizer,
+            expert_tokenizer=tokenizer,
+            eos_token_ids=self.eos_token_ids,
+            max_completion_length=self.max_completion_length,
+            temperature=self.temperature,
+            patience=args.expert_model_server_patience,
+            scores=args.guided_importance_correction != "none",
+        )
+
+    def _expert_on_base(self, adapter: str | os.PathLike | None) -> Expert:
+        """The policy's base model, with `adapter` on it, in the precision that the policy computes in."""
+        expert = share_base(self.model, adapter, revision=self.args.expert_model_revision)
+        expert = load_expert(expert, self.accelerator.device)
+        return self.accelerator.prepare_model(expert, evaluation_mode=True)
 
     def _expert_at_hand(self) -> AbstractContextManager:
         """The expert where it is used."""

@@ -4,17 +4,19 @@ from trl_selective.experts.collect import Tally, collect
 from trl_selective.experts.completions import CompletionReader, ExpertCompletion
 from trl_selective.experts.endpoint import endpoint_client
 from trl_selective.experts.endpoint_source import EndpointSource
-from trl_selective.experts.local import check_expert, load_expert, load_expert_tokenizer, on_device
+from trl_selective.experts.local import Expert, check_expert, load_expert, load_expert_tokenizer, on_device
 from trl_selective.experts.local_source import LocalSource
 from trl_selective.experts.patient_endpoint import ExpertServerError
 from trl_selective.experts.scoring import completion_logps, evaluation_mode
 from trl_selective.experts.server import ExpertServer, connect_expert, naming_last_checkpoint
+from trl_selective.experts.shared import load_adapter_tokenizer, share_base
 from trl_selective.experts.sources import Completion, Sampling, Source
 
 __all__ = [
     "Completion",
     "CompletionReader",
     "EndpointSource",
+    "Expert",
     "ExpertCompletion",
     "ExpertServer",
     "ExpertServerError",
@@ -28,8 +30,10 @@ __all__ = [
     "connect_expert",
     "endpoint_client",
     "evaluation_mode",
+    "load_adapter_tokenizer",
     "load_expert",
     "load_expert_tokenizer",
     "naming_last_checkpoint",
     "on_device",
+    "share_base",
 ]
