@@ -437,6 +437,7 @@ def test_an_address_is_one_and_holds_no_key(url):
         ({"expert_model_offload": True, "expert_model_revision": "v1"},
          "expert_model_revision='v1', expert_model_offload=True is for an expert in this process, .* unset it here"),
         ({"expert_model_init_kwargs": {"dtype": "float16"}}, "expert_model_init_kwargs=.* is for an expert in this process"),
+        ({"expert_model_shares_base": True}, "expert_model_shares_base=True is for an expert in this process"),
         ({"guided_importance_correction": "token_truncate", "temperature": 0.7},
          r"guided_importance_correction='token_truncate' needs the expert's probabilities at temperature=0\.7, .*at 1 alone\. Use temperature=1\.0"),
         ({**INJECTED, "num_guided_generations": 0, "injection_correction": "truncated", "temperature": 0.7},

@@ -1,9 +1,14 @@
 """What cards are put together from: words for every setting, figures with their arithmetic, names that may be told."""
 
 import pytest
+from peft import LoraConfig, get_peft_model
+from transformers import AutoModelForCausalLM
 
+from tests.training import POLICY
 from trl_selective import SelectiveGuidanceGRPOConfig, sampling
 from trl_selective.config import CORRECTIONS, INJECTION_CORRECTIONS
+from trl_selective.experts import ExpertServer
+from trl_selective.reporting.card import describe
 from trl_selective.reporting.card_method import (
     ADVANTAGES,
     GUIDED_CORRECTIONS,
@@ -30,6 +35,27 @@ def test_there_are_words_for_every_choice():
     assert set(INJECTED_CORRECTIONS) == set(INJECTION_CORRECTIONS)
     assert set(ADVANTAGES) == {"group", "batch", "none"}  # TRL's scale_rewards
     assert set(SAMPLERS) == {name for name in sampling.__all__ if name.endswith("Sampler")} - {"GuidedSampler"}
+
+
+def test_experts_are_told_by_what_they_are():
+    """Of a server neither its address nor a local name; of a shared base that it is the policy's."""
+    own = config()
+    model = AutoModelForCausalLM.from_pretrained(POLICY)
+    number = sum(parameter.numel() for parameter in model.parameters())
+    assert describe(model, own) == f"a model that is not on the Hub (`LlamaForCausalLM`, {number:,} parameters)"
+    shared = config(expert_model_shares_base=True)
+    assert describe(model, shared) == "the policy's own base model, without the adapter"
+    adapted = get_peft_model(model, LoraConfig(r=2, target_modules=["q_proj"], task_type="CAUSAL_LM"))
+    assert describe(adapted, shared) == "an adapter on the policy's own base model"
+    url = "http://10.0.0.1:8000/v1"
+    behind = config(expert_model_server_url=url, expert_model_name_or_path="lab/expert")
+    server = ExpertServer(url, "lab/expert", vocab_size=9, eos_token_ids=[1])
+    link = "[lab/expert](https://huggingface.co/lab/expert)"
+    assert describe(server, behind) == f"{link}, behind a completions endpoint"
+    server.name = POLICY
+    assert describe(server, behind) == "a model that is not on the Hub, behind a completions endpoint"
+    assert "10.0.0.1" not in settings(behind) + equations(behind, "RemoteCoinSampler", None, None)
+    assert describe(None, own) == ""
 
 
 @pytest.mark.parametrize(

@@ -10,9 +10,10 @@ from importlib.metadata import version
 from pathlib import Path
 
 from huggingface_hub import ModelCard
-from transformers import PreTrainedModel
+from peft import PeftModel
 
 from trl_selective.config import SelectiveGuidanceGRPOConfig
+from trl_selective.experts import Expert, ExpertServer
 from trl_selective.reporting.card_evaluation import eval_results, evaluation_section, read_results
 from trl_selective.reporting.card_method import cited_papers, equations, method, settings
 from trl_selective.reporting.card_training import Entry, setup, statistics
@@ -42,7 +43,7 @@ class TrainingRun:
         log_history: `trainer.state.log_history`.
         steps, max_steps: optimizer steps made, and planned.
         rewards: weight of each reward function.
-        expert: the expert model; None without one.
+        expert: the expert; None without one.
         sampler: name of the class that draws guided rollouts; None without any.
         trigger, selector: names of what chooses groups and completions; None without injection.
         has_chat_template: whether prompts may be conversations.
@@ -54,7 +55,7 @@ class TrainingRun:
     steps: int
     max_steps: int
     rewards: Mapping[str, float]
-    expert: PreTrainedModel | None
+    expert: Expert | ExpertServer | None
     sampler: str | None
     trigger: str | None
     selector: str | None
@@ -124,16 +125,27 @@ def summary_of(run: TrainingRun) -> str:
     args = run.args
     numbers = {"guided": args.num_guided_generations, "injected": args.num_injected_completions}
     told = {"guided": TOKEN_GUIDANCE, "injected": COMPLETIONS}
-    facts = {"total": args.num_generations, "expert": describe(run.expert, args.expert_model_revision), **numbers}
+    facts = {"total": args.num_generations, "expert": describe(run.expert, args), **numbers}
     return "\n\n".join(told[kind].format(**facts) if number else UNUSED[kind] for kind, number in numbers.items())
 
 
-def describe(expert: PreTrainedModel | None, revision: str | None) -> str:
+def describe(expert: Expert | ExpertServer | None, args: SelectiveGuidanceGRPOConfig) -> str:
     """The expert by its id on the Hub, or by its kind and size."""
     if expert is None:
         return ""
-    if (name := hub_id(expert.config.name_or_path)) is None:
-        return f"a model that is not on the Hub (`{type(expert).__name__}`, {expert.num_parameters():,} parameters)"
+    if isinstance(expert, ExpertServer):
+        return f"{link(expert.name, None) or 'a model that is not on the Hub'}, behind a completions endpoint"
+    if args.expert_model_shares_base:
+        base = "the policy's own base model"
+        return f"an adapter on {base}" if isinstance(expert, PeftModel) else f"{base}, without the adapter"
+    size = f"a model that is not on the Hub (`{type(expert).__name__}`, {expert.num_parameters():,} parameters)"
+    return link(expert.config.name_or_path, args.expert_model_revision) or size
+
+
+def link(name: str, revision: str | None) -> str | None:
+    """To a model on the Hub; None if it is not there."""
+    if (name := hub_id(name)) is None:
+        return None
     return f"[{name}](https://huggingface.co/{name})" + (f" at revision `{revision}`" if revision else "")
 
 

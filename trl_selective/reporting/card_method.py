@@ -12,7 +12,12 @@ from trl_selective.reporting.markdown import table
 from trl_selective.reporting.papers import LUFFY, MENTOR
 
 SELECTED = "selected expert completions"
-PRIVATE = {"expert_model_name_or_path", "expert_model_revision", "expert_model_init_kwargs"}
+PRIVATE = {
+    "expert_model_name_or_path",
+    "expert_model_revision",
+    "expert_model_init_kwargs",
+    "expert_model_server_url",
+}
 
 WEIGHTS = {
     "entropy": "`w = min({cap}, H / gamma)`",
@@ -21,6 +26,10 @@ WEIGHTS = {
 }
 SAMPLERS = {
     "SpeculativeSampler": ("the policy drafts, the expert accepts or redraws", "MENTOR, Eq. 7-8"),
+    "RemoteCoinSampler": (
+        "a coin of weight `w` decides whether the expert's server draws the token: the same law",
+        "trl-selective",
+    ),
     "CoinSampler": ("a coin of weight `w` decides who draws the token: the same law", "trl-selective"),
     "StepwiseSampler": ("both models are asked for every token", "MENTOR, Eq. 6"),
 }
