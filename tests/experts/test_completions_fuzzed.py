@@ -1,7 +1,6 @@
 """A dataset may hold anything: the reader reads it, or says in a `ValueError` which row is wrong and how."""
 
 import functools
-import string
 
 from hypothesis import strategies as st
 from transformers import AutoTokenizer
@@ -49,9 +48,12 @@ def assert_reads_or_names(reader, row):
     for read in (reader.read, lambda row: reader.check([row])):
         try:
             found = read(row)
-        except ValueError as error:
-            assert len(str(error)) > 20
-            assert any(letter in string.ascii_letters for letter in str(error))
+        except ValueError as refusal:
+            message = str(refusal)
+        else:
+            message = None
+        if message is not None:
+            assert len(message) > 20
             continue
         for completion in found or ():
             assert 1 < len(completion.token_ids) <= reader.max_completion_length

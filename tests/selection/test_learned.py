@@ -146,6 +146,7 @@ def test_calibration_in_numbers():
     # Errors of one bin cancel, those of two do not.
     assert calibrated((0.1, 0.2), (0.1, 0.0)) == pytest.approx(0.0)
     assert calibrated((0.1, 0.2), (0.3, 0.2)) == pytest.approx(0.1)
+    assert calibrated((-0.3, 0.0), (-0.7, -1.0)) == pytest.approx(0.3)
 
 
 def test_predictions_beyond_the_range_count_in_the_last_bins():

@@ -1,0 +1,146 @@
+"""Faults in what a batch collects, in the threshold, and in the trainer."""
+
+from tests.mutations.mutation import mutations
+
+GUIDED, INJECTED = ("test_trainer.py",), ("test_injected_training.py",)
+
+TRAINING = [
+    *mutations(
+        "guided_batch.py",
+        ("[False] * self.num_on_policy + [True] * self.num_guided", "[True] * self.num_guided + [False] * self.num_on_policy", "the first rows count as guided"),
+        ("next(sources[is_guided])", "next(sources[not is_guided])", "rows of the two kinds swapped"),
+        ("if first <= choice.row < first", "if first < choice.row < first", "the first row of a process is never injected"),
+        ("zip(self.guided_rows, self", "zip(range(len(self.guided_rows)), self", "weights of guided rows on others"),
+        ("[0.0] * (self.num_rows - len(guided)), guided", "guided, [0.0] * (self.num_rows - len(guided))", "shares of the expert on the wrong rows"),
+    ),
+    *mutations(
+        "threshold.py",
+        ("max(measured, self.floor)", "min(measured, self.floor)", "the floor is a ceiling"),
+        ("            self.histogram = EntropyHistogram(self.vocab_size)\n        return", "        return", "entropies of all batches so far"),
+        ("counts=self.sum_over_processes(self.histogram.counts)", "counts=self.histogram.counts", "each process has a threshold of its own"),
+        ("if is_main_process:", "if True:", "all processes take over the counts of all"),
+        ("counts = self.sum_over_processes(self.histogram.counts)", "counts = self.histogram.counts", "the counts of one process are saved"),
+    ),
+    *mutations(
+        "trainer.py",
+        ("not self._settings_in_use() or not self.model.training", "not self._settings_in_use()", "evaluation is guided"),
+        tests=("test_trainer.py::test_evaluation_is_never_guided",),
+    ),
+    *mutations(
+        "trainer.py",
+        ("        if coef == 0:\n            return None\n", "", "guided rows after alpha has ended"),
+        ("(self.state.max_steps)(self.state.global_step)", "(self.state.max_steps)(0)", "alpha never falls"),
+        tests=("test_trainer.py::test_alpha_ends_guidance",),
+    ),
+    *mutations(
+        "trainer.py",
+        ("rollout.take(self._batch.guided_rows)", "rollout.take(range(len(self._batch.guided_rows)))", "the record of the wrong rows"),
+        ("batch.coef,\n                reward_range", "1.0,\n                reward_range", "alpha is not applied in training"),
+        tests=("test_trainer.py::test_the_last_rows_of_each_group_are_guided_and_weighed_by_equations_10_and_11",),
+    ),
+    *mutations(
+        "trainer.py",
+        ("temperature=self.temperature,\n                is_guided", "temperature=1.0,\n                is_guided", "guided rows at temperature 1"),
+        tests=("test_trainer.py::test_the_record_agrees_with_the_forward_of_the_loss",),
+    ),
+    *mutations(
+        "trainer.py",
+        ("eos_token_ids=self.eos_token_ids,\n                temp", "eos_token_ids=(),\n                temp", "guided rows do not end"),
+        tests=("test_trainer.py::test_with_w_1_the_expert_answers",),
+    ),
+    *mutations(
+        "trainer.py",
+        ("advantages.unsqueeze(1) * weights", "advantages.unsqueeze(1)", "the correction is not applied"),
+        tests=("test_trainer.py::test_the_correction_multiplies_guided_tokens_by_pi_theta_over_pi_mix",),
+    ),
+    *mutations(
+        "trainer.py",
+        ('self._initial_policy() if args.mixture_policy == "initial" else self.model', "self.model", "the initial policy is the current one"),
+        tests=("test_trainer.py::test_the_initial_policy_stays_in_the_mixture",),
+    ),
+    *mutations(
+        "trainer.py",
+        (' & ~inputs.get("is_guided", nobody).unsqueeze(1)', "", "guided tokens move the threshold"),
+        ("update(entropies, on_policy)", "update(entropies, mask)", "the threshold is that of all rows"),
+        tests=("test_trainer.py::test_guided_rows_do_not_move_the_threshold",),
+    ),
+    *mutations(
+        "trainer.py",
+        ("max_weight=args.guidance_weight_max,", "max_weight=1.0,", "the cap of w does not reach the sampler"),
+        tests=("test_trainer.py::test_a_capped_weight_bounds_the_ratio",),
+    ),
+    *mutations(
+        "trainer.py",
+        ("own = ~is_guided.flatten()", "own = torch.ones_like(is_guided.flatten())", "metrics mean all rows"),
+        ("metrics[name][-1] = value", "metrics[name].append(value)", "TRL's own values stay in its metrics"),
+        tests=("test_trainer.py::test_trls_metrics_mean_the_policy",),
+    ),
+    *mutations(
+        "trainer.py",
+        ("slice(self.accelerator.process_index * batch.num_rows, None)", "slice(0, None)", "every process takes the first one's advantages"),
+        tests=("test_trainer.py::test_two_processes_agree_on_threshold_and_parameters",),
+    ),
+    *mutations(
+        "trainer.py",
+        ('output["is_guided"] = is_guided & ~is_injected', 'output["is_guided"] = is_guided', "an injected row still counts as guided"),
+        ("torch.where(is_injected.unsqueeze(1), 1.0, weights.to(advantages.device))", "weights.to(advantages.device)", "an injected row is weighed by the rollout it replaced"),
+        tests=("test_injected_training.py::test_both_sources_in_one_group",),
+    ),
+    *mutations(
+        "trainer.py",
+        ("is_correct=(rewards > reward_range / 2)", "is_correct=(rewards > 0)", "any reward counts as right"),
+        tests=("test_injected_training.py::test_a_rollout_is_right_if_it_earns_more_than_half_of_the_range",),
+    ),
+    *mutations(
+        "trainer.py",
+        ("batch.rewards_per_func[choice.row] = torch.tensor(choice.rewards_per_func)", "pass", "injected rows keep the reward of what they replaced"),
+        ("sampled, _ = self._rewards_by_group(batch.sampled_rewards_per_func)", "sampled, _ = self._rewards_by_group(batch.rewards_per_func)", "injected rewards are in the baseline"),
+        ("list(choice.completion.token_ids)\n            completions[row]", "list(choice.completion.token_ids[:-1])\n            completions[row]", "the end token is dropped"),
+        tests=("test_injected_training.py::test_the_worst_row_makes_room_and_the_others_keep_their_advantages",),
+    ),
+    *mutations(
+        "trainer.py",
+        ("logps.detach(), entropies.detach())", "logps, entropies)", "the ratio of injected rows has no gradient"),
+        ("self._loss_inputs = dict(inputs)", "self._loss_inputs = inputs", "weights pile up from iteration to iteration"),
+        ('inputs["old_per_token_logps"] = torch.where(is_injected, logps, old)', "pass", "the clip acts on injected rows"),
+        ("advantages * torch.where(is_injected, weights, 1.0)", "advantages", "policy shaping is not applied"),
+        tests=("test_injected_training.py::test_the_gradient_of_policy_shaping_is_that_of_f_pi_times_a_in_every_iteration",),
+    ),
+    *mutations(
+        "trainer.py",
+        ("advantages * torch.where(is_injected, weights, 1.0)", "advantages * weights.mean()", "on-policy rows are shaped"),
+        tests=("test_injected_training.py::test_sequence_level_ratios_take_one_weight_per_completion", "test_injected_training.py::test_the_share_of_the_gradient_and_the_log_probs_are_those_of_the_loss"),
+    ),
+    *mutations(
+        "trainer.py",
+        ("on_policy = mask & ~is_injected & ~", "on_policy = mask & ~", "injected tokens count in the policy's entropy"),
+        tests=("test_injected_training.py::test_entropy_means_the_policy",),
+    ),
+    *mutations(
+        "trainer.py",
+        ('keep_failed=args.injection_advantage == "group"', "keep_failed=True", "wrong completions come in"),
+        tests=("test_injected_training.py::test_a_wrong_completion_is_never_reinforced",),
+    ),
+    *mutations(
+        "trainer.py",
+        ("texts, temperature=self.temperature)", "texts)", "the expert scores at temperature 1"),
+        tests=("test_injected_training.py::test_behaviour_log_probs_are_scored_by_the_expert_where_they_are_not_known",),
+    ),
+    *mutations(
+        "trainer.py",
+        ("padding_side=side", 'padding_side="right"', "padding between prompt and completion"),
+        tests=("test_injected_training.py::test_log_probs_of_given_completions_are_those_of_each_by_itself",),
+    ),
+    *mutations(
+        "trainer.py",
+        ("token != self._tokenizer.eos_token_id", "token == self._tokenizer.eos_token_id", "another end token is appended"),
+        tests=("test_injected_training.py::test_the_tokenizers_own_end_token_is_appended",),
+    ),
+    *mutations(
+        "trainer.py",
+        ("        if num_invalid:", "        if False:", "an update with NaN"),
+        ("is_finite &= entropies.isfinite()", "pass", "the threshold of a law with an entropy of NaN"),
+        ("num_invalid, *sums = self", "*sums, num_invalid = self", "the wrong sum stops training"),
+        tests=("test_numerics.py",),
+    ),
+]  # fmt: skip
