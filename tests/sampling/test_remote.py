@@ -118,8 +118,8 @@ def test_what_is_not_known_is_not_said(models, endpoint):
 @pytest.mark.parametrize("guidance", [Guidance(threshold=2.0), Guidance("hard_gate", threshold=1.3, max_weight=0.5)])
 def test_scored_the_record_is_whole(models, endpoint, guidance):
     """log pi_mix of every token, and the same law of who drew it as with the other samplers: w TV."""
-    prompts = PROMPTS * 8
-    rollout, requests = sample(models[0], endpoint, guidance, prompts, length=8, eos=EOS, scores=True)
+    prompts = PROMPTS * 40
+    rollout, requests = sample(models[0], endpoint, guidance, prompts, length=8, scores=True)
     assert rollout.is_scored
     assert_recorded(rollout, *models, prompts, guidance)
     assert sum(body.get("echo", False) for body in requests) == sum(map(any, rollout.guidance_weights))
