@@ -32,14 +32,14 @@ from trl_selective.checks import (
     check_expert_argument,
     check_generation_config,
     check_scored,
-    refuse_update,
     check_shared_base,
+    refuse_update,
 )
 from trl_selective.config import GUIDANCE_FIELDS, TRUNCATED, SelectiveGuidanceGRPOConfig
 from trl_selective.experts import (
     CompletionReader,
-    ExpertServer,
     Expert,
+    ExpertServer,
     check_expert,
     completion_logps,
     connect_expert,

@@ -198,7 +198,11 @@ SAMPLING = [
     *mutations(
         "sampling/unguided.py",
         ("len(token_ids)) + 1]", "len(token_ids))]", "the end token is dropped"),
-        ("scores.float() / self.temperature", "scores.float()", "the temperature is not applied"),
+        (
+            "TemperatureLogitsWarper(float(temperature))",
+            "TemperatureLogitsWarper(1.0)",
+            "the temperature is not applied",
+        ),
     ),
     *mutations(
         "sampling/auto.py",

@@ -123,7 +123,7 @@ TRAINING = [
     ),
     *mutations(
         "trainer.py",
-        ("texts, temperature=self.temperature)", "texts)", "the expert scores at temperature 1"),
+        ("completion_ids, temperature=self.temperature)", "completion_ids)", "the expert scores at temperature 1"),
         tests=("test_injected_training.py::test_behaviour_log_probs_are_scored_by_the_expert_where_they_are_not_known",),
     ),
     *mutations(
