@@ -34,6 +34,7 @@ from trl_selective.evaluation import (
     summarize,
     table,
 )
+from trl_selective.reporting.card import add_evaluation
 
 BACKENDS = ("transformers", "vllm")
 
@@ -172,6 +173,14 @@ def main(model: ModelArguments, problems: ProblemArguments, sampling: SamplingAr
         (output / "results.json").write_text(json.dumps(results, indent=2) + "\n")
         (output / "results.md").write_text(table(results))
     print(f"\n{table(results)}\nCompletions, results.json and results.md are in {output}.")
+    tell_card(Path(model.model_name_or_path), output)
+
+
+def tell_card(model: Path, output: Path) -> None:
+    """Results in the folder `evaluation` of a model come into its card."""
+    if output.resolve() == (model / "evaluation").resolve() and (model / "README.md").exists():
+        add_evaluation(model)
+        print(f"They are in {model / 'README.md'} as well.")
 
 
 if __name__ == "__main__":

@@ -4,6 +4,7 @@ import json
 import os
 import re
 import runpy
+import shutil
 import signal
 import subprocess
 import sys
@@ -13,6 +14,7 @@ from dataclasses import replace
 import pytest
 import torch
 from datasets import Dataset
+from huggingface_hub import ModelCard
 from peft import LoraConfig, get_peft_model
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
@@ -92,6 +94,27 @@ def test_a_hand_computed_pass_at_k(tmp_path, start, capsys):
     cells = dict(zip(map(str.strip, header), map(str.strip, row), strict=True))
     assert cells["pass@2, %"].startswith("58.3 [")
     assert cells["problems"] == "4"
+
+
+def test_results_beside_a_model_come_into_its_card(tmp_path, start, capsys):
+    """In place of earlier ones, as a table and as metadata; what else the card says stays."""
+    model = tmp_path / "walker"
+    shutil.copytree(EXPERT, model)
+    card = "---\nlibrary_name: transformers\n---\n\n# Walker\n\nIt walks.\n\n## Training procedure\n\nLong.\n\n## Citations\n"
+    (model / "README.md").write_text(card)
+    for samples in ("2", "4"):
+        shutil.rmtree(model / "evaluation", ignore_errors=True)
+        start(model_name_or_path="walker", output_dir="walker/evaluation", num_samples=samples, max_problems="3")
+    assert "They are in walker/README.md as well." in capsys.readouterr().out
+    found = ModelCard.load(model / "README.md")
+    assert {result.metric_name for result in found.data.eval_results} == {"pass@1", "pass@2", "pass@4", "avg@4"}
+    assert found.data.model_name == "walker"
+    assert found.text.count("## Evaluation") == 1
+    assert "| problems | 3 | 4 |" in found.text
+    words = [
+        line for line in found.text.splitlines() if line and not line.startswith(("|", "## Evaluation", "In percent"))
+    ]
+    assert words == [line for line in card.split("---\n")[2].splitlines() if line]
 
 
 def test_a_killed_run_goes_on_to_the_file_of_an_unbroken_one(tmp_path, start):

@@ -4,6 +4,7 @@ Added are the method with its equations and their sources, the settings of guida
 the training dynamics, evaluation results (also as metadata), and the papers to cite. No key and no path of this machine gets in.
 """
 
+import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from importlib.metadata import version
@@ -22,6 +23,7 @@ from trl_selective.reporting.markdown import insert_before
 from trl_selective.reporting.names import hub_id
 
 CARD, RESULTS = "README.md", Path("evaluation", "results.json")
+EVALUATION = re.compile(r"\n## Evaluation\n.*?(\n(?=## )|\Z)", re.DOTALL)
 FILES = {"trainer_state.json": "all logs", "guidance.html": "rollouts, and who drew each token"}
 TOKEN_GUIDANCE = (
     "**Token-level guidance**: {guided} of the {total} rollouts of each prompt were drawn token by token from a mixture of the policy and an "
@@ -76,7 +78,8 @@ def extend_card(folder: str | Path, run: TrainingRun) -> None:
 
 
 def add_evaluation(folder: str | Path) -> None:
-    """Add evaluation results to the card in the output folder `folder`, where recipes/evaluate.py has left any: for readers and for the Hub.
+    """Put evaluation results into the card in the output folder `folder`, where recipes/evaluate.py has left any: for readers and for the Hub.
+    Earlier ones are replaced.
 
     Raises:
         ValueError: if they cannot be read.
@@ -86,8 +89,10 @@ def add_evaluation(folder: str | Path) -> None:
         return
     card, benchmarks = ModelCard.load(folder / CARD), read_results(folder / RESULTS)
     if benchmarks:
+        card.data.model_name = card.data.get("model_name") or folder.resolve().name
         card.data.eval_results = eval_results(benchmarks)
-        card.text = insert_before(card.text, "## Training procedure", evaluation_section(benchmarks))
+        text = EVALUATION.sub("\n", card.text)
+        card.text = insert_before(text, "## Training procedure", evaluation_section(benchmarks))
         card.save(folder / CARD)
 
 
