@@ -80,7 +80,8 @@ def test_a_draft_accepted_or_replaced_has_the_law_of_the_mixture(
         [acceptance_probability(policy, expert, weight, torch.full(shape, y)) for y in range(vocab)], dim=-1
     )
     assert ((accept >= 0) & (accept <= 1)).all()
-    assert (accept >= 1 - weight.unsqueeze(-1) - exact["atol"]).all()
+    is_normal = policy > torch.finfo(dtype).tiny  # below, a probability has hardly any digits
+    assert (accept >= 1 - weight.unsqueeze(-1) - exact["atol"])[is_normal].all()
     replaced = residual(policy, expert)
     assert (replaced >= 0).all()
     torch.testing.assert_close(replaced.sum(-1), torch.ones(shape, dtype=dtype), **exact)
@@ -218,7 +219,7 @@ def test_importance_weights_are_bounded_and_1_where_the_law_is_the_policy(
     padded = torch.nn.functional.pad(garbage, (0, 3), value=torch.inf)
     more = torch.nn.functional.pad(mask, (0, 3), value=False)
     again = guided_importance_weight(padded, more, correction, max_ratio)
-    assert torch.equal(again[:, : weights.size(1)], weights)
+    torch.testing.assert_close(again[:, : weights.size(1)], weights, rtol=1e-12, atol=0)  # sums round by their length
 
 
 @for_all(**laws, cap=st.floats(0, 0.99))
@@ -277,7 +278,7 @@ def test_a_quantile_is_off_by_a_bin_and_histograms_merge(values, quantiles, cut,
 
 @for_all(
     schedule=st.sampled_from(SCHEDULES),
-    coef=st.floats(0, 10),
+    coef=st.one_of(st.just(0.0), st.floats(1e-6, 10)),
     steps=st.one_of(st.floats(0, 0.999), st.integers(0, 500)),
     max_steps=st.integers(1, 500),
 )

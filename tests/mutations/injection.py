@@ -72,6 +72,6 @@ INJECTION = [
     ),
     *mutations(
         "selection/names.py",
-        ('alternative.split("&")] for alternative in expression.split("|")', 'alternative.split("|")] for alternative in expression.split("&")', "& and | swapped"),
+        ('alternative.split("&")] for alternative in expression.split("|")', 'alternative.split("|")] for alternative in expression.split("&")', "and and or swapped"),
     ),
 ]  # fmt: skip
