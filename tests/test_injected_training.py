@@ -846,7 +846,7 @@ record = {"logs": {name: logged(trainer, name) for name in names}, "state": trai
           "injected": [[(c.row, c.completion.token_ids) for c in batch.injection.injected] for batch in trainer.batches],
           "lengths": [len(batch.rows) for batch in trainer.batches]}
 json.dump(record, open(f"{sys.argv[1]}/rank{trainer.accelerator.process_index}.json", "w"))
-trainer.accelerator.end_training()  # or else a thread of the process group may outlive the interpreter, and abort
+trainer.accelerator.end_training()
 """
 
 

@@ -620,7 +620,7 @@ record = {
     "logged": list(trainer._logs["advantages"]),
 }
 json.dump(record, open(f"{sys.argv[1]}/rank{trainer.accelerator.process_index}.json", "w"))
-trainer.accelerator.end_training()  # or else a thread of the process group may outlive the interpreter, and abort
+trainer.accelerator.end_training()
 """
 
 
