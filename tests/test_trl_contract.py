@@ -43,7 +43,7 @@ def test_the_hook_that_is_bound_by_name():
 
 def test_every_override_exists_in_trl():
     """A hook that TRL renames would be a method that nobody calls."""
-    own = {"_settings_in_use", "_needs_expert", "_check_policy", "_set_up_expert", "_set_up_guidance", "_set_up_injection", "_render", "_initial_policy",
+    own = {"_settings_in_use", "_needs_expert", "_check_policy", "_set_up_expert", "_expert_on_base", "_set_up_guidance", "_set_up_injection", "_render", "_initial_policy",
            "_sum_over_processes", "_plan_batch", "_entropy_threshold", "_guidance_coef", "_can_sample_together", "_sample_guided", "_expert_at_hand", "_inject",
            "_score_completions", "_decode", "_policy_logps", "_log_last_injected", "_behaviour_logps", "_log_columns",
            "_rewards_by_group", "_was_guided", "_apply_guidance", "_label_rows", "_bind_to_policy", "_log_batch",
