@@ -1,0 +1,113 @@
+"""A short guided run that does not depend on how many processes share it. `python -m tests.several_processes FOLDER JSON`, alone or under torchrun.
+
+Every row of the whole batch has its own random numbers, whichever process draws it; `per_device_train_batch_size` in the JSON is that of one
+process. Other entries are settings of the run. Each process leaves a record in FOLDER.
+"""
+
+import json
+import sys
+from collections import Counter
+from pathlib import Path
+
+import torch
+from accelerate import PartialState
+from peft import LoraConfig
+from transformers import PreTrainedModel
+
+from tests.processes import leave
+from tests.training import GUIDED, INJECTED, expert_dataset, length_reward, make_trainer
+from trl_selective import SelectiveGuidanceGRPOTrainer
+from trl_selective.sampling import live_rows
+
+NAMES = ["loss", "reward", "guidance/entropy_threshold", "guidance/weight", "guidance/expert_drawn", "guidance/rescued_groups"]  # fmt: skip
+SETTINGS = {
+    **INJECTED,
+    **GUIDED,
+    "num_guided_generations": 1,
+    "injection_selector": "first",
+    "injection_trigger": "always",
+    "max_injected_per_batch": 3,
+    "gradient_accumulation_steps": 2,
+    "guidance_coef": 0.7,
+    "learning_rate": 1e-4,
+}
+LORA = {"r": 4, "target_modules": ["q_proj", "v_proj"], "task_type": "CAUSAL_LM"}
+counts: Counter[str] = Counter()
+
+
+class Counted(SelectiveGuidanceGRPOTrainer):
+    """Counts what processes tell one another, and keeps the rollouts."""
+
+    def __init__(self, *args, **kwargs):
+        self.batches = []
+        super().__init__(*args, **kwargs)
+        if self.num_guided_generations:
+            summed = self._threshold.sum_over_processes
+            self._threshold.sum_over_processes = lambda tensor: counts.update(["thresholds"]) or summed(tensor)
+
+    def _calculate_rewards(self, *args, **kwargs):
+        counts["rewards"] += 1
+        return super()._calculate_rewards(*args, **kwargs)
+
+    def _apply_guidance(self, output, batch):
+        self.batches.append(batch)
+        return super()._apply_guidance(output, batch)
+
+
+def noise_by_row(num_rows: int, num_positions: int, device: torch.device) -> torch.Tensor:
+    """The numbers of the rows of this process, out of those of all processes."""
+    counts["rollouts"] += 1
+    state = PartialState()
+    every = torch.rand(
+        num_rows * state.num_processes, num_positions, 3, dtype=torch.float64,
+        generator=torch.Generator().manual_seed(counts["rollouts"]),
+    )  # fmt: skip
+    return every[state.process_index * num_rows :][:num_rows].to(device)
+
+
+def full_parameters(model: PreTrainedModel) -> dict[str, torch.Tensor]:
+    """Of all processes together, where each holds a part."""
+    parameters = {name: parameter.detach() for name, parameter in model.named_parameters() if parameter.requires_grad}
+    return {name: p.full_tensor() if hasattr(p, "full_tensor") else p for name, p in parameters.items()}
+
+
+def main(folder: Path, settings: dict) -> None:
+    live_rows.position_noise = noise_by_row
+    init = {"peft_config": LoraConfig(**LORA)} if settings.pop("lora", False) else {}
+    ends_at_once = settings.pop("ends_at_once", [])  # processes whose rollouts end with their first token
+    dataset = expert_dataset(32, num_completions=2).map(
+        lambda row: {"expert_completions": [row["expert_completions"][0], "U U"]}
+    )
+    run = {**SETTINGS, **settings}
+    expert = {"expert_model": None} if run.get("expert_model_shares_base") else {}
+    trainer = make_trainer(
+        folder,
+        trainer_class=Counted,
+        settings=run,
+        reward_funcs=length_reward,
+        train_dataset=dataset,
+        init=init,
+        **expert,
+    )
+    rank = trainer.accelerator.process_index
+    if rank in ends_at_once:
+        trainer.eos_token_ids = list(range(trainer.model.config.vocab_size))
+    trainer.train()
+    logs = {name: [entry[name] for entry in trainer.state.log_history if name in entry] for name in NAMES}
+    record = {
+        "logs": logs,
+        "counts": counts,
+        "lengths": [[len(ids) for ids in batch.completion_ids] for batch in trainer.batches],
+        "injected": [
+            [(c.row, c.completion.token_ids) for c in (batch.injection.injected if batch.injection else ())]
+            for batch in trainer.batches
+        ],
+        "drawn": [sum(map(sum, batch.rollout.expert_drawn)) if batch.rollout else 0 for batch in trainer.batches],
+    }
+    (folder / f"rank{rank}.json").write_text(json.dumps(record))
+    torch.save(full_parameters(trainer.accelerator.unwrap_model(trainer.model)), folder / f"rank{rank}.pt")
+    leave()
+
+
+if __name__ == "__main__":
+    main(Path(sys.argv[1]), json.loads(sys.argv[2]))
