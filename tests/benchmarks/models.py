@@ -41,7 +41,7 @@ def make_policy(shape: Shape, device: str = "cpu") -> PreTrainedModel:
         intermediate_size=3 * shape.hidden_size,
         num_hidden_layers=shape.num_layers,
         num_attention_heads=heads,
-        num_key_value_heads=max(1, heads // 4),
+        num_key_value_heads=next(n for n in range(max(1, heads // 4), 0, -1) if heads % n == 0),
         vocab_size=shape.vocab_size,
         max_position_embeddings=8192,
         tie_word_embeddings=False,

@@ -15,7 +15,7 @@ from trl_selective.rollout import GuidedRollout
 from trl_selective.sampling import CoinSampler, SpeculativeSampler, StepwiseSampler, make_sampler
 from trl_selective.sampling.unguided import sample_completions
 
-DRAFT_LENGTHS = (2, 4, 8, 16)
+DRAFT_LENGTHS = [2, 4, 8, 16]
 PLAIN = "generate"
 
 
@@ -45,6 +45,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--length", type=int, nargs="+", default=[64, 192], metavar="TOKENS")
     parser.add_argument("--expert", type=int, nargs="+", default=[1, 4], metavar="TIMES", help="layers of the policy")
     parser.add_argument("--rejected", type=float, nargs="+", default=[0.02, 0.06, 0.15], metavar="SHARE", help="w TV")
+    parser.add_argument("--draft_length", type=int, nargs="*", default=DRAFT_LENGTHS, metavar="K", help="fixed ones")
     parser.add_argument("--repeats", type=int, default=3)
 
 
@@ -62,18 +63,28 @@ def main(arguments: argparse.Namespace) -> None:
                     "| sampler | tokens/s | time, plain = 1 | policy forwards per token | expert forwards per token | accepted | peak MB |\n"
                     "|---|---|---|---|---|---|---|"
                 )
-                lines = measure(policy, expert, agreement.entropy_threshold, batch, length, arguments.repeats)
+                lines = measure(
+                    policy,
+                    expert,
+                    agreement.entropy_threshold,
+                    batch,
+                    length,
+                    arguments.repeats,
+                    arguments.draft_length,
+                )
                 print(*lines, sep="\n", flush=True)
 
 
-def measure(policy, expert, entropy_threshold: float, batch: int, length: int, repeats: int) -> list[Line]:
+def measure(
+    policy, expert, entropy_threshold: float, batch: int, length: int, repeats: int, draft_lengths=DRAFT_LENGTHS
+) -> list[Line]:
     """All samplers in one cell. Completions have no end token: all rows are full, which favours plain rollouts, whose rows cannot leave."""
     prompts = make_prompts(policy, batch)
     call = {"max_completion_length": length, "eos_token_ids": []}
     samplers = {
         "stepwise": StepwiseSampler(policy, expert),
         "coin": CoinSampler(policy, expert),
-        **{f"speculative, {k}": SpeculativeSampler(policy, expert, draft_length=k) for k in DRAFT_LENGTHS},
+        **{f"speculative, {k}": SpeculativeSampler(policy, expert, draft_length=k) for k in draft_lengths},
         "auto": make_sampler("auto", policy, expert, draft_length=None, max_draft_length=16),
     }
     rollouts: dict[str, list[GuidedRollout]] = {name: [] for name in samplers}
@@ -87,9 +98,10 @@ def measure(policy, expert, entropy_threshold: float, batch: int, length: int, r
         "own loop, w = 0": partial(alone.sample, prompts, entropy_threshold=entropy_threshold, **call),
         **{name: partial(guided, name) for name in samplers},
     }
+    megabytes = {name: peak_megabytes(run) for name, run in runs.items()}  # the first runs, whose times do not count
     seconds = interleaved(runs, repeats)
     lines = []
-    for name, run in runs.items():
+    for name in runs:
         counted = rollouts.get(name, [])[1:]
         tokens = sum(rollout.num_tokens for rollout in counted)
         lines.append(
@@ -100,7 +112,7 @@ def measure(policy, expert, entropy_threshold: float, batch: int, length: int, r
                 policy_forwards=sum(r.policy_forwards for r in counted) / tokens if counted else 1.0,
                 expert_forwards=sum(r.expert_forwards for r in counted) / tokens if counted else 0.0,
                 acceptance=1 - sum(sum(map(sum, r.expert_drawn)) for r in counted) / tokens if counted else 1.0,
-                megabytes=peak_megabytes(run),
+                megabytes=megabytes[name],
             )
         )
     return lines

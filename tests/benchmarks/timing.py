@@ -17,18 +17,17 @@ def synchronize() -> None:
 
 
 def interleaved(runs: dict[str, Callable[[], Any]], repeats: int) -> dict[str, list[float]]:
-    """Seconds of every run, `repeats` times in turn after a first time that does not count. All runs of one turn have one seed, and the order
-    is reversed from turn to turn, so that nothing profits from its luck or place."""
+    """Seconds of every run, `repeats` times in turn. All runs of one turn have one seed, and the order is reversed from turn to turn, so that
+    nothing profits from its luck or place. They should have run once before."""
     seconds: dict[str, list[float]] = {name: [] for name in runs}
-    for repeat in range(repeats + 1):
+    for repeat in range(repeats):
         for name in list(runs)[:: -1 if repeat % 2 else 1]:
             torch.manual_seed(repeat)
             synchronize()
             start = time.perf_counter()
             runs[name]()
             synchronize()
-            if repeat:
-                seconds[name].append(time.perf_counter() - start)
+            seconds[name].append(time.perf_counter() - start)
     return seconds
 
 

@@ -9,6 +9,7 @@ from dataclasses import replace
 from pathlib import Path
 from statistics import median
 
+import torch
 from transformers import AutoTokenizer, TrainerCallback
 from trl import GRPOConfig, GRPOTrainer
 
@@ -67,6 +68,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--prompts", type=int, default=4, help="per step, with 12 rollouts each")
     parser.add_argument("--length", type=int, default=64, help="of completions")
     parser.add_argument("--shape", choices=SHAPES, default="small", help="of policy and expert")
+    parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
     parser.add_argument("--rejected", type=float, default=0.05, metavar="SHARE", help="w TV")
     parser.add_argument("--sampler", choices=SAMPLERS, default="auto")
 
@@ -74,7 +76,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 def main(arguments: argparse.Namespace) -> None:
     tokenizer = AutoTokenizer.from_pretrained(POLICY)
     shape = replace(SHAPES[arguments.shape], vocab_size=len(tokenizer))
-    policy = make_policy(shape)
+    policy = make_policy(shape, arguments.device)
     expert = make_expert(policy, times=1)
     agreement = Disagreement(policy, expert).set(arguments.rejected)
     settings = {
@@ -83,6 +85,7 @@ def main(arguments: argparse.Namespace) -> None:
         "per_device_train_batch_size": 12 * arguments.prompts,
         "num_generations": 12,
         "learning_rate": 1e-9,
+        "use_cpu": arguments.device == "cpu",
         "reward_funcs": length_reward,
     }
     init = {"processing_class": tokenizer}
