@@ -41,41 +41,68 @@ def optional_arguments(model: nn.Module) -> set[str]:
 
 
 class RoomyLayer(DynamicLayer):
-    """Keys and values of one layer with room for more: new tokens are written behind the text, which `DynamicLayer` copies each time."""
+    """Keys and values of one layer with room for more: new tokens are written behind the text, which `DynamicLayer` copies each time.
+
+    Attributes:
+        columns: where the next tokens are written, on the device; all columns are returned then, with or without text. None: behind the text.
+    """
+
+    columns: Int[Tensor, "new"] | None = None
 
     def lazy_initialization(self, key_states: Tensor, value_states: Tensor) -> None:
         super().lazy_initialization(key_states, value_states)
-        self.keys, self.values = key_states[:, :, :0], value_states[:, :, :0]
-        self._buffers: list[Tensor] = []  # of which keys and values are the first columns
+        # Keys and values are their first columns.
+        self._buffers = [states[:, :, :0] for states in (key_states, value_states)]
+        self.show(0)
 
     def update(self, key_states: Tensor, value_states: Tensor, *args, **kwargs) -> tuple[Tensor, Tensor]:
         if not self.is_initialized:
             self.lazy_initialization(key_states, value_states)
+        new_states = key_states, value_states
+        if self.columns is not None:
+            for buffer, new in zip(self._buffers, new_states, strict=True):
+                buffer.index_copy_(2, self.columns, new)
+            keys, values = self._buffers
+            return keys, values
         start = self.keys.shape[2]
         end = start + key_states.shape[2]
-        if not self._buffers or end > self._buffers[0].shape[2]:
-            past = (self.keys, self.values)
-            self._buffers = [t.new_empty(*t.shape[:2], end + ROOM, t.shape[3]) for t in (key_states, value_states)]
-            for buffer, old in zip(self._buffers, past, strict=True):
-                buffer[:, :, :start] = old
-        for buffer, new in zip(self._buffers, (key_states, value_states), strict=True):
+        self.reserve(end)
+        for buffer, new in zip(self._buffers, new_states, strict=True):
             buffer[:, :, start:end] = new
-        self.keys, self.values = (buffer[:, :, :end] for buffer in self._buffers)
+        self.show(end)
         return self.keys, self.values
+
+    @property
+    def room(self) -> int:
+        """Columns that can be held."""
+        return self._buffers[0].shape[2]
+
+    def reserve(self, num_columns: int) -> None:
+        """Make room for this many columns, and for more if there is none. What is not text is 0, so that it can be masked out."""
+        if num_columns > self.room:
+            longer = [b.new_zeros(*b.shape[:2], num_columns + ROOM, b.shape[3]) for b in self._buffers]
+            for buffer, old in zip(longer, self._buffers, strict=True):
+                buffer[:, :, : old.shape[2]] = old
+            self._buffers = longer
+
+    def show(self, num_columns: int) -> None:
+        """Count these columns as text."""
+        self.keys, self.values = (buffer[:, :, :num_columns] for buffer in self._buffers)
 
     def reorder_cache(self, beam_idx: Int[Tensor, "kept"]) -> None:
         """Keep these rows, in this order."""
-        super().reorder_cache(beam_idx)
-        self._buffers = []
+        if self.get_seq_length() == 0:
+            return
+        self._buffers = [buffer.index_select(0, beam_idx) for buffer in self._buffers]
+        self.show(self.keys.shape[2])
 
     def keep_columns(self, columns: Int[Tensor, "rows kept"]) -> None:
-        """Keep, for each row, these columns, in this order."""
+        """Keep, for each row, these columns, in this order, where the text was."""
+        num_kept = columns.shape[1]
         index = columns[:, None, :, None]
-        self.keys, self.values = (
-            states.gather(2, index.expand(-1, states.shape[1], -1, states.shape[3]))
-            for states in (self.keys, self.values)
-        )
-        self._buffers = []
+        for buffer in self._buffers:
+            buffer[:, :, :num_kept] = buffer.gather(2, index.expand(-1, buffer.shape[1], -1, buffer.shape[3]))
+        self.show(num_kept)
 
 
 class CachedModel:

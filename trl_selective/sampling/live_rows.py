@@ -9,6 +9,7 @@ from torch import Tensor, nn
 
 from trl_selective.rollout import GuidedRollout
 from trl_selective.sampling.draw import position_noise
+from trl_selective.sampling.graphs import cached_model
 from trl_selective.sampling.kv import CachedModel, NoModel, RaggedContext, left_pad
 
 
@@ -43,8 +44,8 @@ class LiveRows:
         order = sorted(range(num_rows), key=lambda row: not is_guided[row])
         self._prompt_ids = prompt_ids
         prompt_ids = [prompt_ids[row] for row in order]
-        self.policy = CachedModel(policy, "policy")
-        self.expert = NoModel() if expert is None else CachedModel(expert, "expert")
+        self.policy = cached_model(policy, "policy")
+        self.expert = NoModel() if expert is None else cached_model(expert, "expert")
         self.num_guided = sum(is_guided)
         self.pending = torch.tensor([[ids[-1]] for ids in prompt_ids], device=device)
         self.backlog = self.pending[:, :0]

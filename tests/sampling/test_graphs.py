@@ -1,0 +1,197 @@
+"""Forwards of static shape, as CUDA graphs need them, give what plain ones give. On a CPU everything but the graphs themselves is tested."""
+
+import sys
+import types
+
+import pytest
+import torch
+
+from tests.models import ARCHITECTURES, FORGETFUL, MINDFUL, tiny_adapter, tiny_model
+from tests.sampling.reference import PROMPTS, Guidance, assert_recorded
+from trl_selective.sampling import graphs, kv, live_rows
+from trl_selective.sampling.graphs import GraphedModel, cached_model, has_static_forward
+from trl_selective.sampling.kv import CachedModel
+
+KINDS = ["stepwise", "coin", 1, 3, 8]
+RAMP = Guidance(threshold=1.2)
+MANY_REJECTIONS = Guidance("constant", max_weight=0.9, vocab_size=30)
+
+
+@pytest.fixture
+def static_forwards(monkeypatch):
+    """Static forwards on the CPU: the widths of the blocks that were read."""
+    widths = []
+    read = graphs.StaticForward.read
+
+    def read_and_note(self, token_ids, attention_mask, position_ids, width, live):
+        widths.append(width)
+        assert token_ids.shape[1] <= width
+        return read(self, token_ids, attention_mask, position_ids, width, live)
+
+    monkeypatch.setattr(graphs.StaticForward, "read", read_and_note)
+    monkeypatch.setattr(live_rows, "cached_model", GraphedModel)
+    return widths
+
+
+@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("architecture", FORGETFUL)
+def test_every_number_is_that_of_a_fresh_forward(architecture, kind, static_forwards):
+    models = tiny_model(seed=1, architecture=architecture), tiny_model(seed=2, architecture=architecture)
+    prompts = PROMPTS * 4
+    rollout = RAMP.sample(kind, *models, prompts, length=12, eos={1})
+    assert (
+        len(set(map(len, rollout.completion_ids))) > 2
+    )  # rows end at different times, until the last half is gone too
+    assert_recorded(rollout, *models, prompts, RAMP)
+    assert {"stepwise": {1}, 1: {1}, 3: {1, 4}, 8: {1, 8}}.get(kind, {1}) <= set(static_forwards)
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_the_rollout_is_that_of_plain_forwards(kind, static_forwards, monkeypatch):
+    models = tiny_model(seed=1), tiny_model(seed=2)
+    is_guided = [True, False, True] * 4
+    rollouts = []
+    for read_by in (GraphedModel, CachedModel):
+        monkeypatch.setattr(live_rows, "cached_model", read_by)
+        torch.manual_seed(0)
+        rollouts.append(RAMP.sample(kind, *models, PROMPTS * 4, length=12, eos={1}, is_guided=is_guided))
+    ours, plain = rollouts
+    assert static_forwards
+    assert ours.completion_ids == plain.completion_ids
+    assert ours.expert_drawn == plain.expert_drawn
+    assert (ours.policy_forwards, ours.expert_forwards) == (plain.policy_forwards, plain.expert_forwards)
+
+
+def test_holes_are_removed_while_dead_rows_are_still_there(static_forwards, monkeypatch):
+    repacks = []
+    keep_columns = GraphedModel.keep_columns
+
+    def keep(self, columns):
+        repacks.append(self._live is not None)
+        keep_columns(self, columns)
+
+    monkeypatch.setattr(GraphedModel, "keep_columns", keep)
+    models = tiny_model(seed=1, vocab_size=30), tiny_model(seed=2, vocab_size=30)
+    prompts = PROMPTS * 6
+    rollout = MANY_REJECTIONS.sample(8, *models, prompts, length=30, eos={1})
+    assert len(set(repacks)) == 2  # with and without
+    assert_recorded(rollout, *models, prompts, MANY_REJECTIONS)
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_caches_outgrow_their_room(kind, static_forwards, monkeypatch):
+    monkeypatch.setattr(kv, "ROOM", 3)
+    models = tiny_model(seed=1), tiny_model(seed=2)
+    rollout = RAMP.sample(kind, *models, PROMPTS * 3, length=30, eos={1})
+    assert_recorded(rollout, *models, PROMPTS * 3, RAMP)
+
+
+def test_long_blocks_are_read_plainly(static_forwards, monkeypatch):
+    monkeypatch.setattr(graphs, "MAX_TOKENS", 2)
+    models = tiny_model(seed=1), tiny_model(seed=2)
+    prompts = PROMPTS * 4
+    rollout = RAMP.sample(3, *models, prompts, length=12, eos={1})
+    assert set(static_forwards) == {1}
+    assert_recorded(rollout, *models, prompts, RAMP)
+
+
+def test_a_base_that_is_its_own_expert(static_forwards):
+    """One model with its adapter on and off has two caches."""
+    policy = tiny_adapter(1)
+    expert = tiny_model(seed=1)
+    rollout = RAMP.sample(3, policy, expert, PROMPTS, length=12)
+    assert static_forwards
+    assert_recorded(rollout, policy, expert, PROMPTS, RAMP)
+
+
+# Which models.
+
+
+def test_graphs_are_for_accelerators():
+    assert type(cached_model(tiny_model(1), "policy")) is CachedModel
+
+
+@pytest.mark.parametrize("architecture", ARCHITECTURES)
+def test_full_attention_can_be_static(architecture):
+    model = tiny_model(1, architecture=architecture)
+    assert has_static_forward(model) == (architecture in FORGETFUL)
+    assert architecture in [*FORGETFUL, *MINDFUL, "recurrent"]
+
+
+def change_attention(model):
+    model.set_attn_implementation("eager")
+
+
+def change_devices(model):
+    model.hf_device_map = {"model.layers.0": 0, "model.layers.1": 1}
+
+
+def change_weights(model):
+    model.is_quantized = True
+
+
+def change_masks(model):
+    module = types.ModuleType("modeling_of_its_own")
+    sys.modules[module.__name__] = module
+    model.__class__ = type("Own", (type(model),), {"__module__": module.__name__})
+
+
+@pytest.mark.parametrize("change", [change_attention, change_devices, change_weights, change_masks])
+def test_other_models_are_read_plainly(change):
+    model = tiny_model(1)
+    assert has_static_forward(model)
+    change(model)
+    assert not has_static_forward(model)
+
+
+def test_an_adapter_changes_nothing_about_that():
+    assert has_static_forward(tiny_adapter(1))
+
+
+# On an accelerator.
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("kind", KINDS)
+def test_graphs_give_the_rollout_of_plain_forwards(kind, monkeypatch):
+    models = tiny_model(seed=1).cuda(), tiny_model(seed=2).cuda()
+    captured = []
+    capture = graphs.StaticForward._captured
+    monkeypatch.setattr(
+        graphs.StaticForward, "_captured", lambda self, width: captured.append(width) or capture(self, width)
+    )
+    rollouts = []
+    for make in (cached_model, CachedModel):
+        monkeypatch.setattr(live_rows, "cached_model", make)
+        torch.manual_seed(0)
+        rollouts.append(RAMP.sample(kind, *models, PROMPTS * 10, length=40, eos={1}))
+    ours, plain = rollouts
+    assert captured
+    assert ours.completion_ids == plain.completion_ids
+    assert ours.expert_drawn == plain.expert_drawn
+    for row, logps in zip(ours.sampling_per_token_logps, plain.sampling_per_token_logps, strict=True):
+        assert row == pytest.approx(logps, abs=1e-4)
+
+
+@pytest.mark.gpu
+def test_a_model_that_waits_for_the_device_is_read_plainly():
+    class Waits(torch.nn.Module):
+        def __init__(self, module):
+            super().__init__()
+            self.module = module
+
+        def forward(self, hidden):
+            return self.module(hidden) if hidden.sum().item() == hidden.sum().item() else hidden
+
+    policy, expert = tiny_model(seed=1).cuda(), tiny_model(seed=2).cuda()
+    torch.manual_seed(0)
+    expected = RAMP.sample("stepwise", policy, expert, PROMPTS * 4, length=12, eos={1})
+    policy.model.norm = Waits(policy.model.norm)
+    torch.manual_seed(0)
+    with pytest.warns(UserWarning, match="No CUDA graph can be made of the forward of LlamaForCausalLM"):
+        ours = RAMP.sample("stepwise", policy, expert, PROMPTS * 4, length=12, eos={1})
+    assert ours.completion_ids == expected.completion_ids
+    assert type(cached_model(policy, "policy")) is CachedModel
+    assert torch.rand(3, device="cuda").isfinite().all()
+    torch.manual_seed(1)
+    RAMP.sample(3, policy, expert, PROMPTS * 4, length=12, eos={1})  # and the other one goes on with graphs
