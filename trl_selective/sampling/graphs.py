@@ -2,13 +2,12 @@
 
 A forward that reads one token for each row spends its time launching small kernels, hundreds of them, on the host. A CUDA graph launches them
 all at once, but it is bound to the shapes and addresses with which it was captured. So the cache has room for more columns than there are
-(all are attended to, and those without text are masked out), blocks are padded to a power of two, and rows that end stay in the cache as dead
+(all are attended to, and those without text are masked out), blocks are padded to one of a few widths, and rows that end stay in the cache as dead
 weight until half of them are gone. Logits are those of a plain forward, to rounding.
 """
 
 import sys
 import warnings
-from collections import Counter
 from weakref import WeakSet
 
 import torch
@@ -17,8 +16,13 @@ from torch import Tensor, nn
 
 from trl_selective.sampling.kv import OPTIONAL_ARGUMENTS, CachedModel, can_forget_tokens, optional_arguments
 
-MAX_TOKENS = 64  # of a block; longer ones are bound by arithmetic
-NUM_PLAIN = 1  # forwards of one shape before it is captured
+WIDTHS = (
+    1,
+    4,
+    16,
+    64,
+)  # to which blocks are padded: a few more tokens take hardly longer, and each width is captured by itself
+MAX_TOKENS = max(WIDTHS)  # longer blocks are bound by arithmetic
 _UNCAPTURABLE: WeakSet[nn.Module] = WeakSet()
 
 
@@ -49,68 +53,72 @@ class GraphedModel(CachedModel):
     def __init__(self, model: nn.Module, name: str):
         super().__init__(model, name)
         self._static: StaticForward | None = None
-        self._live: Int[Tensor, live] | None = None  # which rows of the cache are live; None for all
 
     def read(self, token_ids, attention_mask, position_ids, num_logits):
-        start, num_new = self.cache.get_seq_length(), token_ids.shape[1]
-        if not start or num_new > MAX_TOKENS:
-            self._drop_dead_rows()
+        num_new, num_columns = token_ids.shape[1], attention_mask.shape[1]
+        if num_new == num_columns or num_new > MAX_TOKENS:
+            self._drop_static()
             return super().read(token_ids, attention_mask, position_ids, num_logits)
-        width = 1 << (num_new - 1).bit_length()
-        if start + width > self.cache.layers[0].room:
-            self._reserve(start + width)
-        if self._static is None:
+        width = next(width for width in WIDTHS if width >= num_new)
+        num_needed = num_columns - num_new + width
+        if self._static is None or num_needed > self._static.num_columns:
+            self._drop_static()
+            for layer in self.cache.layers:
+                layer.reserve(num_needed)
             self._static = StaticForward(self.model, self.cache)
-        logits = self._static.read(token_ids, attention_mask, position_ids, width, self._live)
-        for layer in self.cache.layers:
-            layer.show(start + num_new)
-        logits = logits[:, num_new - num_logits : num_new]
-        return logits.clone() if self._live is None else logits[self._live]  # the next forward writes over them
-
-    @property
-    def _num_rows(self) -> int:
-        return self.cache.layers[0].keys.shape[0]
-
-    def _reserve(self, num_columns: int) -> None:
-        for layer in self.cache.layers:
-            layer.reserve(num_columns)
-        self._static = None
+        self.num_prepared += not self._static.is_ready(width)
+        logits = self._static.read(token_ids, attention_mask, position_ids, width)[:, num_new - num_logits : num_new]
+        live = self._static.live
+        return logits.clone() if live is None else logits[live]  # the next forward writes over them
 
     def keep_rows(self, rows: Int[Tensor, "kept"]) -> None:
         if self._static is None:
             super().keep_rows(rows)
             return
-        self._live = rows if self._live is None else self._live[rows]
-        if 2 * len(rows) <= self._num_rows:
-            self._drop_dead_rows()
-
-    def _drop_dead_rows(self) -> None:
-        if self._live is not None:
-            super().keep_rows(self._live)
-            self._live = self._static = None
+        self._static.keep_rows(rows)
+        if 2 * len(rows) <= self._static.num_rows:
+            self._drop_static()
 
     def keep_columns(self, columns: Int[Tensor, "rows kept"]) -> None:
-        if self._live is not None:
-            every = torch.arange(columns.shape[1], device=columns.device).repeat(self._num_rows, 1)
-            every[self._live] = columns
-            columns = every
+        if self._static is not None:
+            columns = self._static.with_dead_rows(columns)
+            self._static.length = columns.shape[1]
         super().keep_columns(columns)
+
+    def _drop_static(self) -> None:
+        """From here on the cache is what it says it is."""
+        if self._static is None:
+            return
+        for layer in self.cache.layers:
+            layer.show(self._static.length)
+        if self._static.live is not None:
+            super().keep_rows(self._static.live)
+        self._static = None
 
 
 class StaticForward:
-    """Inputs at fixed addresses, and the forwards that read them. Good for as long as the cache keeps its rows and its room."""
+    """Inputs at fixed addresses, and the forwards that read them, for as long as the cache keeps its rows and its room.
+
+    Attributes:
+        num_rows, num_columns: of the cache.
+        length: columns with text.
+        live: which rows are; None for all.
+    """
 
     def __init__(self, model: nn.Module, cache):
         self.model, self.layers, self.cache = model, cache.layers, cache
-        self.num_rows, self.num_columns = cache.layers[0].keys.shape[0], cache.layers[0].room
-        device = cache.layers[0].keys.device
+        states = cache.layers[0].keys
+        self.num_rows, self.length, self.num_columns = states.shape[0], states.shape[2], cache.layers[0].room
+        self.live: Tensor | None = None
+        device = states.device
         self._start = torch.zeros((), dtype=torch.long, device=device)
         self._columns = torch.arange(self.num_columns, device=device)
         self._is_text = torch.ones(self.num_rows, self.num_columns, dtype=torch.bool, device=device)
         self._ids = torch.zeros(self.num_rows, MAX_TOKENS, dtype=torch.long, device=device)
         self._position_ids = torch.zeros_like(self._ids)
         self._graphs: dict[int, tuple[torch.cuda.CUDAGraph, Tensor]] = {}
-        self._num_read: Counter[int] = Counter()
+        self._is_warm: set[int] = set()
+        self._stream = torch.cuda.Stream(device) if device.type == "cuda" else None
         self._pool = torch.cuda.graph_pool_handle() if device.type == "cuda" else None
 
     def read(
@@ -119,50 +127,51 @@ class StaticForward:
         attention_mask: Int[Tensor, "live columns"],
         position_ids: Int[Tensor, "live new"],
         width: int,
-        live: Int[Tensor, "live"] | None,
     ) -> Tensor:
         """The logits of all rows, live or dead, behind `width` tokens, of which those beyond the new ones mean nothing. They last until the next
         call."""
         num_new, num_columns = token_ids.shape[1], attention_mask.shape[1]
-        rows = slice(None) if live is None else live
+        rows = slice(None) if self.live is None else self.live
         self._start.fill_(num_columns - num_new)
         self._ids[rows, :num_new] = token_ids
         self._position_ids[rows, :num_new] = position_ids
         self._is_text[rows, :num_columns] = attention_mask.bool()
-        self._num_read[width] += 1
-        if width not in self._graphs:
-            is_tried = self._pool is not None and self.model not in _UNCAPTURABLE and self._num_read[width] > NUM_PLAIN
-            if not (is_tried and self._captured(width)):
-                return self._forward(width)
-        graph, logits = self._graphs[width]
-        graph.replay()
-        return logits
+        self.length = num_columns
+        if width in self._graphs:
+            graph, logits = self._graphs[width]
+            graph.replay()
+            return logits
+        return self._forward(width) if self.is_ready(width) else self._prepare(width)
 
-    def _forward(self, width: int) -> Tensor:
-        """Of the tokens in place. Columns behind the new ones are seen by none of these."""
-        columns = self._start + self._columns[:width]
-        is_seen = self._is_text[:, None, None, :] & (self._columns <= columns[:, None])
-        for layer in self.layers:
-            layer.columns = columns
-        output = self.model(
-            input_ids=self._ids[:, :width],
-            attention_mask=is_seen,
-            position_ids=self._position_ids[:, :width],
-            past_key_values=self.cache,
-            use_cache=True,
-            logits_to_keep=width,
-        )
-        for layer in self.layers:
-            layer.columns = None
-        return output.logits
+    def is_ready(self, width: int) -> bool:
+        """Whether a read of this width takes no longer than the next one will."""
+        return width in self._graphs or self._stream is None or self.model in _UNCAPTURABLE
 
-    def _captured(self, width: int) -> bool:
-        """Capture the forward of this width. A model that waits for the device within its forward cannot be captured, and is read plainly."""
-        stream = torch.cuda.Stream()
-        stream.wait_stream(torch.cuda.current_stream())
-        with torch.cuda.stream(stream):
-            self._forward(width)  # what is made on first use is made now
-        torch.cuda.current_stream().wait_stream(stream)
+    def keep_rows(self, rows: Int[Tensor, "kept"]) -> None:
+        """The others are dead."""
+        self.live = rows if self.live is None else self.live[rows]
+
+    def with_dead_rows(self, columns: Int[Tensor, "live kept"]) -> Int[Tensor, "rows kept"]:
+        """Columns to keep of all rows, any for the dead ones."""
+        if self.live is None:
+            return columns
+        every = torch.arange(columns.shape[1], device=columns.device).repeat(self.num_rows, 1)
+        every[self.live] = columns
+        return every
+
+    def _prepare(self, width: int) -> Tensor:
+        """The first time, read plainly, so that what is made on first use is made; the second time, capture that and replay it. A model that
+        waits for the device within its forward cannot be captured."""
+        stream, current = self._stream, torch.cuda.current_stream()
+        assert stream is not None
+        stream.wait_stream(current)
+        if width not in self._is_warm:
+            self._is_warm.add(width)
+            with torch.cuda.stream(stream):
+                logits = self._forward(width)
+            current.wait_stream(stream)
+            logits.record_stream(current)
+            return logits
         graph = torch.cuda.CUDAGraph()
         try:
             with torch.cuda.graph(graph, pool=self._pool, stream=stream, capture_error_mode="thread_local"):
@@ -174,6 +183,27 @@ class StaticForward:
                 "longer without, but are the same.",
                 stacklevel=2,
             )
-            return False
+            return self._forward(width)
         self._graphs[width] = graph, logits
-        return True
+        graph.replay()
+        return logits
+
+    def _forward(self, width: int) -> Tensor:
+        """Of the tokens in place. Columns behind the new ones are seen by none of these."""
+        columns = self._start + self._columns[:width]
+        is_seen = self._is_text[:, None, None, :] & (self._columns <= columns[:, None])
+        for layer in self.layers:
+            layer.columns = columns
+        try:
+            output = self.model(
+                input_ids=self._ids[:, :width],
+                attention_mask=is_seen,
+                position_ids=self._position_ids[:, :width],
+                past_key_values=self.cache,
+                use_cache=True,
+                logits_to_keep=width,
+            )
+        finally:
+            for layer in self.layers:
+                layer.columns = None
+        return output.logits

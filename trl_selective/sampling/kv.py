@@ -110,7 +110,10 @@ class CachedModel:
 
     Attributes:
         can_forget: whether columns may be masked out or removed (`can_forget_tokens`).
+        num_prepared: forwards so far that took longer than others, because they were the first of their kind.
     """
+
+    num_prepared = 0
 
     def __init__(self, model: nn.Module, name: str):
         self.model, self.name = model, name
@@ -160,6 +163,7 @@ class NoModel:
     """Stands for a model that is not in this process: it reads nothing here, and has nothing to forget."""
 
     can_forget = True
+    num_prepared = 0
 
     def read(self, *block, **options) -> None: ...
 

@@ -124,6 +124,11 @@ class LiveRows:
         """Whether a row ends with the token at this position."""
         return torch.isin(completion_ids, self._eos_token_ids) | (positions == self._max_length - 1)
 
+    @property
+    def num_prepared(self) -> int:
+        """Forwards so far whose times say nothing about the next ones."""
+        return self.policy.num_prepared + self.expert.num_prepared
+
     def read_by_policy(self) -> Float[Tensor, "live 1 vocab"]:
         """The policy reads the pending tokens: its logits behind them."""
         return self.draft_by_policy(self.pending, *self.context.extended(torch.ones_like(self.pending)))

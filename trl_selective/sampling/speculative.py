@@ -47,7 +47,7 @@ class SpeculativeSampler(GuidedSampler):
         self.lookahead = Lookahead(max_draft_length)
 
     def _advance(self, live: LiveRows, entropy_threshold: float, temperature: float) -> None:
-        started = self._clock()
+        started, num_prepared = self._clock(), live.num_prepared
         drafts, policy_logits, entropies, weight, at_stake = self._draft(live, entropy_threshold, temperature)
         num = drafts.shape[1]
         drafted = self._clock()
@@ -68,7 +68,7 @@ class SpeculativeSampler(GuidedSampler):
         verified = self._clock()
 
         live.num_drafted += live.num_guided * num
-        if self.draft_length is None and live.num_guided:
+        if self.draft_length is None and live.num_guided and live.num_prepared == num_prepared:
             self.lookahead.observe(
                 num,
                 is_tested.sum().item() / len(live),
