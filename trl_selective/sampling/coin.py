@@ -6,7 +6,7 @@ import torch
 from torch import Tensor
 
 from trl_selective.functional.mixed_policy import entropy
-from trl_selective.sampling.draw import ACCEPT, DRAFT, REPLACE, inverse_cdf
+from trl_selective.sampling.draw import ACCEPT, DRAFT, REPLACE, inverse_cdf, probability_of
 from trl_selective.sampling.live_rows import LiveRows
 from trl_selective.sampling.sampler import GuidedSampler
 
@@ -49,12 +49,12 @@ class CoinSampler(GuidedSampler):
             expert = self._expert_probs(here, policy, temperature)
             token = torch.where(is_heads, inverse_cdf(expert, live.noise(positions, REPLACE)), token)
 
-        policy_prob = policy.gather(-1, token.unsqueeze(-1)).squeeze(-1)
+        policy_prob = probability_of(token, policy)
         policy_logp = policy_prob.clamp(min=torch.finfo(policy_prob.dtype).tiny).log()
         logp = policy_logp  # until it is paid, or for good where w is 0
         expert_drawn = torch.zeros_like(is_heads)
         if reads:
-            expert_prob = expert.gather(-1, token.unsqueeze(-1)).squeeze(-1)
+            expert_prob = probability_of(token, expert)
             logp = ((1 - weight) * policy_prob + weight * expert_prob).log()
             # The draft was not used where the coin shows heads, so that its number is free.
             expert_drawn = is_heads & (live.noise(positions, DRAFT) < 1 - policy_prob / expert_prob)
@@ -77,6 +77,6 @@ class CoinSampler(GuidedSampler):
             token, weight, policy_logp = (
                 live.recorded(name, at) for name in ("completion_ids", "guidance_weights", "policy_per_token_logps")
             )
-            expert_prob = self._probs(each, temperature).gather(-1, token.unsqueeze(-1)).squeeze(-1)
+            expert_prob = probability_of(token, self._probs(each, temperature))
             mixed = (1 - weight) * policy_logp.exp() + weight * expert_prob
             live.amend("sampling_per_token_logps", at, mixed.log())

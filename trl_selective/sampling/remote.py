@@ -10,7 +10,7 @@ from torch import Tensor, nn
 
 from trl_selective.functional.mixed_policy import entropy
 from trl_selective.rollout import GuidedRollout
-from trl_selective.sampling.draw import ACCEPT, DRAFT, REPLACE, inverse_cdf
+from trl_selective.sampling.draw import ACCEPT, DRAFT, REPLACE, inverse_cdf, probability_of
 from trl_selective.sampling.live_rows import LiveRows
 from trl_selective.sampling.sampler import GuidedSampler
 
@@ -77,7 +77,7 @@ class RemoteCoinSampler(GuidedSampler):
             drawn = self.remote.draw(live.texts(asked), seeds, temperature)
             token[asked, 0] = torch.tensor(drawn, device=token.device)
 
-        policy_prob = policy.gather(-1, token.unsqueeze(-1)).squeeze(-1)
+        policy_prob = probability_of(token, policy)
         policy_logp = policy_prob.clamp(min=torch.finfo(policy_prob.dtype).tiny).log()
         live.commit(
             torch.ones_like(live.position),

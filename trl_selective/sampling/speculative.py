@@ -6,7 +6,7 @@ import torch
 from torch import Tensor
 
 from trl_selective.functional.mixed_policy import acceptance_probability, entropy, residual
-from trl_selective.sampling.draw import ACCEPT, DRAFT, REPLACE, inverse_cdf
+from trl_selective.sampling.draw import ACCEPT, DRAFT, REPLACE, inverse_cdf, probability_of
 from trl_selective.sampling.kv import can_forget_tokens
 from trl_selective.sampling.live_rows import LiveRows
 from trl_selective.sampling.lookahead import Lookahead
@@ -53,17 +53,8 @@ class SpeculativeSampler(GuidedSampler):
         drafted = self._clock()
         expert_logits = live.read_by_expert(drafts[:, :-1], num_logits=num)
 
-        judged = []
-        stands = torch.ones_like(live.pending, dtype=torch.bool)  # whether all drafts before do
-        for at in range(num):
-            here = slice(at, at + 1)
-            policy = self._probs(policy_logits[:, here], temperature)
-            expert = self._expert_probs(expert_logits[:, here], policy, temperature)
-            verdict = self._judge(live, at, stands, policy, expert, weight[:, here], drafts[:, here])
-            judged.append((stands, *verdict))
-            stands = stands & ~verdict[0]
-        is_tested, is_replaced, tokens, policy_prob, expert_prob = (
-            torch.cat(part, dim=1) for part in zip(*judged, strict=True)
+        is_tested, is_replaced, tokens, policy_prob, expert_prob = self._judge(
+            live, drafts, policy_logits, expert_logits, weight, temperature
         )
         verified = self._clock()
 
@@ -89,21 +80,47 @@ class SpeculativeSampler(GuidedSampler):
         live.repack()
 
     def _judge(
-        self, live: LiveRows, at: int, stands: Tensor, policy: Tensor, expert: Tensor, weight: Tensor, draft: Tensor
-    ):
-        """Accept or replace the drafts at one place, in the rows in which all drafts before stand. One place at a time: over large vocabularies
-        the laws of all places would take gigabytes.
+        self,
+        live: LiveRows,
+        drafts: Tensor,
+        policy_logits: Tensor,
+        expert_logits: Tensor,
+        weight: Tensor,
+        temperature: float,
+    ) -> tuple[Tensor, ...]:
+        """Accept the drafts of each row up to the first that is rejected, and replace that one.
 
         Returns:
-            Whether the draft was replaced; the token that stands in its place, and its probability under either model. All (live, 1).
+            All (live, drafts): whether a draft was tested; whether it was replaced; the token that stands in its place, and its probability
+            under either model.
         """
-        positions = live.positions(at + 1)[:, -1:]
-        is_rejected = live.noise(positions, ACCEPT) >= acceptance_probability(policy, expert, weight, draft)
-        is_replaced = is_rejected & stands
-        token = draft.clone()
-        rows = is_replaced.squeeze(1).nonzero().squeeze(1)
-        token[rows] = inverse_cdf(residual(policy[rows], expert[rows]), live.noise(positions, REPLACE)[rows])
-        return is_replaced, token, *(law.gather(-1, token.unsqueeze(-1)).squeeze(-1) for law in (policy, expert))
+        positions = live.positions(drafts.shape[1])
+        found = []
+        for at in range(
+            drafts.shape[1]
+        ):  # one place at a time: over large vocabularies the laws of all would take gigabytes
+            here = slice(at, at + 1)
+            policy = self._probs(policy_logits[:, here], temperature)
+            expert = self._expert_probs(expert_logits[:, here], policy, temperature)
+            acceptance = acceptance_probability(policy, expert, weight[:, here], drafts[:, here])
+            found.append(
+                (acceptance, probability_of(drafts[:, here], policy), probability_of(drafts[:, here], expert))
+            )
+        acceptance, policy_prob, expert_prob = (torch.cat(part, dim=1) for part in zip(*found, strict=True))
+        is_rejected = live.noise(positions, ACCEPT) >= acceptance
+        is_tested = is_rejected.cumsum(1) <= is_rejected
+        is_replaced = is_rejected & is_tested
+
+        place = is_replaced.nonzero(as_tuple=True)  # one in a row at most, and all in rows that are guided
+        policy, expert = (self._probs(logits[place], temperature) for logits in (policy_logits, expert_logits))
+        token = inverse_cdf(residual(policy, expert), live.noise(positions, REPLACE)[place])
+        tokens = drafts.clone()
+        tokens[place], policy_prob[place], expert_prob[place] = (
+            token,
+            probability_of(token, policy),
+            probability_of(token, expert),
+        )
+        return is_tested, is_replaced, tokens, policy_prob, expert_prob
 
     def _draft(self, live: LiveRows, entropy_threshold: float, temperature: float) -> tuple[Tensor, ...]:
         """Drafts for the next positions of each row: the tokens, the logits of the laws they were drawn from, the entropies and weights, and

@@ -3,7 +3,7 @@
 import torch
 
 from trl_selective.functional.mixed_policy import entropy, mixed_policy
-from trl_selective.sampling.draw import ACCEPT, DRAFT, inverse_cdf
+from trl_selective.sampling.draw import ACCEPT, DRAFT, inverse_cdf, probability_of
 from trl_selective.sampling.live_rows import LiveRows
 from trl_selective.sampling.sampler import GuidedSampler
 
@@ -26,7 +26,7 @@ class StepwiseSampler(GuidedSampler):
         token = inverse_cdf(mixed, live.noise(positions, DRAFT))
 
         num_rows = len(live)
-        mixed_prob, policy_prob = (p.gather(-1, token.unsqueeze(-1)).squeeze(-1) for p in (mixed, policy))
+        mixed_prob, policy_prob = (probability_of(token, law) for law in (mixed, policy))
         live.commit(
             torch.ones_like(live.position),
             token,
