@@ -128,9 +128,7 @@ class GuidedSampler(ABC):
     def _advance(self, live: LiveRows, entropy_threshold: float, temperature: float) -> None:
         """Draw at least one more token for every live row and commit it."""
 
-    def _probs(
-        self, logits: Float[Tensor, "rows positions head"], temperature: float
-    ) -> Float[Tensor, "rows positions vocab"]:
+    def _probs(self, logits: Float[Tensor, "*batch head"], temperature: float) -> Float[Tensor, "*batch vocab"]:
         """Probabilities after temperature, in float32, over the ids that both heads have. Normalised in float64: over 150,000 ids a sum in
         float32 may be off by some 1e-4."""
         probs = (logits[..., : self.vocab_size].float() / temperature).softmax(-1)

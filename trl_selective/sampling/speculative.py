@@ -94,32 +94,25 @@ class SpeculativeSampler(GuidedSampler):
             All (live, drafts): whether a draft was tested; whether it was replaced; the token that stands in its place, and its probability
             under either model.
         """
-        positions = live.positions(drafts.shape[1])
         found = []
-        for at in range(
-            drafts.shape[1]
-        ):  # one place at a time: over large vocabularies the laws of all would take gigabytes
-            here = slice(at, at + 1)
+        for at in range(drafts.shape[1]):  # not all at once: over large vocabularies their laws would take gigabytes
+            draft, here = drafts[:, at : at + 1], slice(at, at + 1)
             policy = self._probs(policy_logits[:, here], temperature)
             expert = self._expert_probs(expert_logits[:, here], policy, temperature)
-            acceptance = acceptance_probability(policy, expert, weight[:, here], drafts[:, here])
-            found.append(
-                (acceptance, probability_of(drafts[:, here], policy), probability_of(drafts[:, here], expert))
-            )
+            acceptance = acceptance_probability(policy, expert, weight[:, here], draft)
+            found.append((acceptance, probability_of(draft, policy), probability_of(draft, expert)))
         acceptance, policy_prob, expert_prob = (torch.cat(part, dim=1) for part in zip(*found, strict=True))
+        positions = live.positions(drafts.shape[1])
         is_rejected = live.noise(positions, ACCEPT) >= acceptance
         is_tested = is_rejected.cumsum(1) <= is_rejected
         is_replaced = is_rejected & is_tested
-
-        place = is_replaced.nonzero(as_tuple=True)  # one in a row at most, and all in rows that are guided
-        policy, expert = (self._probs(logits[place], temperature) for logits in (policy_logits, expert_logits))
-        token = inverse_cdf(residual(policy, expert), live.noise(positions, REPLACE)[place])
         tokens = drafts.clone()
-        tokens[place], policy_prob[place], expert_prob[place] = (
-            token,
-            probability_of(token, policy),
-            probability_of(token, expert),
-        )
+        place = is_replaced.nonzero(as_tuple=True)  # one in a row at most, and in guided rows alone
+        if len(place[0]):
+            policy, expert = (self._probs(logits[place], temperature) for logits in (policy_logits, expert_logits))
+            token = inverse_cdf(residual(policy, expert), live.noise(positions, REPLACE)[place])
+            tokens[place] = token
+            policy_prob[place], expert_prob[place] = probability_of(token, policy), probability_of(token, expert)
         return is_tested, is_replaced, tokens, policy_prob, expert_prob
 
     def _draft(self, live: LiveRows, entropy_threshold: float, temperature: float) -> tuple[Tensor, ...]:
