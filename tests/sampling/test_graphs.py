@@ -30,6 +30,7 @@ def static_forwards(monkeypatch):
 
     monkeypatch.setattr(graphs.StaticForward, "read", read_and_note)
     monkeypatch.setattr(live_rows, "cached_model", GraphedModel)
+    monkeypatch.setattr(graphs, "PATIENCE", 1)
     return widths
 
 
@@ -84,6 +85,23 @@ def test_caches_outgrow_their_room(kind, static_forwards, monkeypatch):
     models = tiny_model(seed=1), tiny_model(seed=2)
     rollout = RAMP.sample(kind, *models, PROMPTS * 3, length=30, eos={1})
     assert_recorded(rollout, *models, PROMPTS * 3, RAMP)
+
+
+def test_dead_rows_leave_when_they_are_half_of_the_cache_for_a_while(static_forwards, monkeypatch):
+    monkeypatch.setattr(graphs, "PATIENCE", 3)
+    models, numbers_of_rows = tuple(tiny_model(seed, vocab_size=30) for seed in (1, 2)), []
+    hook = models[0].register_forward_pre_hook(
+        lambda _, args, kwargs: numbers_of_rows.append(len(kwargs["input_ids"])), with_kwargs=True
+    )
+    rollout = MANY_REJECTIONS.sample("stepwise", *models, PROMPTS * 8, length=50, eos={1, 2, 3, 4})
+    hook.remove()
+    read, lengths = numbers_of_rows[1:], list(map(len, rollout.completion_ids))  # the first read the prompts
+    live = [sum(length > position for length in lengths) for position in range(len(read))]
+    wasted = [rows for rows, alive in zip(read, live, strict=True) if 2 * alive <= rows]
+    assert read[0] == 24
+    assert len(set(wasted)) > 1
+    assert max(map(wasted.count, wasted)) == 3 + 1
+    assert read == sorted(read, reverse=True)
 
 
 def test_long_blocks_are_read_plainly(static_forwards, monkeypatch):

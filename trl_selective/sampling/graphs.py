@@ -3,7 +3,7 @@
 A forward that reads one token for each row spends its time launching small kernels, hundreds of them, on the host. A CUDA graph launches them
 all at once, but it is bound to the shapes and addresses with which it was captured. So the cache has room for more columns than there are
 (all are attended to, and those without text are masked out), blocks are padded to one of a few widths, and rows that end stay in the cache as dead
-weight until half of them are gone. Logits are those of a plain forward, to rounding.
+weight until half of it is. Logits are those of a plain forward, to rounding.
 """
 
 import sys
@@ -23,6 +23,7 @@ WIDTHS = (
     64,
 )  # to which blocks are padded: a few more tokens take hardly longer, and each width is captured by itself
 MAX_TOKENS = max(WIDTHS)  # longer blocks are bound by arithmetic
+PATIENCE = 16  # blocks read with half of the rows dead before these leave: at the maximum length, the others are about to end too
 _UNCAPTURABLE: WeakSet[nn.Module] = WeakSet()
 
 
@@ -61,7 +62,7 @@ class GraphedModel(CachedModel):
             return super().read(token_ids, attention_mask, position_ids, num_logits)
         width = next(width for width in WIDTHS if width >= num_new)
         num_needed = num_columns - num_new + width
-        if self._static is None or num_needed > self._static.num_columns:
+        if self._static is None or num_needed > self._static.num_columns or self._static.num_wasted > PATIENCE:
             self._drop_static()
             for layer in self.cache.layers:
                 layer.reserve(num_needed)
@@ -74,10 +75,8 @@ class GraphedModel(CachedModel):
     def keep_rows(self, rows: Int[Tensor, "kept"]) -> None:
         if self._static is None:
             super().keep_rows(rows)
-            return
-        self._static.keep_rows(rows)
-        if 2 * len(rows) <= self._static.num_rows:
-            self._drop_static()
+        else:
+            self._static.keep_rows(rows)
 
     def keep_columns(self, columns: Int[Tensor, "rows kept"]) -> None:
         if self._static is not None:
@@ -103,6 +102,7 @@ class StaticForward:
         num_rows, num_columns: of the cache.
         length: columns with text.
         live: which rows are; None for all.
+        num_wasted: blocks read while half of the rows or more were dead.
     """
 
     def __init__(self, model: nn.Module, cache):
@@ -110,6 +110,7 @@ class StaticForward:
         states = cache.layers[0].keys
         self.num_rows, self.length, self.num_columns = states.shape[0], states.shape[2], cache.layers[0].room
         self.live: Tensor | None = None
+        self.num_wasted = 0
         device = states.device
         self._start = torch.zeros((), dtype=torch.long, device=device)
         self._columns = torch.arange(self.num_columns, device=device)
@@ -137,6 +138,7 @@ class StaticForward:
         self._position_ids[rows, :num_new] = position_ids
         self._is_text[rows, :num_columns] = attention_mask.bool()
         self.length = num_columns
+        self.num_wasted += 2 * len(token_ids) <= self.num_rows
         if width in self._graphs:
             graph, logits = self._graphs[width]
             graph.replay()

@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from transformers import DynamicCache, PretrainedConfig
 from transformers.cache_utils import DynamicLayer
 
-ROOM = 256  # columns that a cache grows by
+ROOM = 256  # columns that a cache grows by, or by a quarter of its own, if that is more
 REPACK_ABOVE = 1.25  # columns per token of the longest row, beyond which a repack pays
 COUNT_COLUMNS = (
     "gpt_neo",
@@ -80,7 +80,8 @@ class RoomyLayer(DynamicLayer):
     def reserve(self, num_columns: int) -> None:
         """Make room for this many columns, and for more if there is none. What is not text is 0, so that it can be masked out."""
         if num_columns > self.room:
-            longer = [b.new_zeros(*b.shape[:2], num_columns + ROOM, b.shape[3]) for b in self._buffers]
+            grown = num_columns + max(ROOM, num_columns // 4)
+            longer = [b.new_zeros(*b.shape[:2], grown, b.shape[3]) for b in self._buffers]
             for buffer, old in zip(longer, self._buffers, strict=True):
                 buffer[:, :, : old.shape[2]] = old
             self._buffers = longer
