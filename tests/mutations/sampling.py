@@ -208,8 +208,8 @@ SAMPLING = [
         ),
         ("(1 + self.slope)", "1.0", "the expert's time per token is left out"),
         (
-            "expert_seconds * length / policy_seconds",
-            "expert_seconds / policy_seconds",
+            "rest_seconds * length / policy_seconds",
+            "rest_seconds / policy_seconds",
             "the cost of the expert in the wrong unit",
         ),
         ("max(0.0, (n * kc", "abs((n * kc", "a slope that was measured negative counts as positive"),

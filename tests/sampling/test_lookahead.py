@@ -37,7 +37,7 @@ def observe(lookahead: Lookahead, length: int, acceptance: float, intercept: flo
         num_at_stake=round(1000 * judged),
         num_rejected=round(1000 * judged * (1 - acceptance)),
         policy_seconds=0.01 * length,  # 0.01 seconds a policy forward: only the ratio may count
-        expert_seconds=0.01 * (intercept + slope * length),
+        rest_seconds=0.01 * (intercept + slope * length),
     )
 
 
@@ -174,7 +174,7 @@ def test_every_round_is_measured(told, monkeypatch):
             "num_at_stake": 0,
             "num_rejected": 0,
             "policy_seconds": 10 * length,
-            "expert_seconds": 1,
+            "rest_seconds": 1,
         }
         for length in (4, 2, 6)
     ]

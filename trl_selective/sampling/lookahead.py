@@ -2,7 +2,7 @@
 
 from dataclasses import dataclass
 
-FIRST_LENGTHS = (4, 2, 8)  # of the first rounds, so that a line can be laid through the expert's costs
+FIRST_LENGTHS = (4, 2, 8)  # of the first rounds, so that a line can be laid through what the rest costs
 MEMORY = 0.95  # how much of the past each round keeps
 LINE_MEMORY = 0.99  # the same for the line, which needs rounds of different lengths
 MIN_SPREAD = 1e-3  # relative variance of the lengths below which they say nothing about the slope
@@ -17,7 +17,7 @@ class Lookahead:
     is measured, the `risk`. So the chance of a row to get to its next position is (1 - risk)^(drafts at stake so far), and the next draft
     yields, per row, the mean of these chances in tokens.
 
-    What it costs, in policy forwards: 1 for itself and the slope of the expert's cost, a straight line in the length of the block that is
+    What it costs, in policy forwards: 1 for itself and the slope of what the rest of a round costs, a straight line in its length that is
     fitted to the rounds seen. By the rule of renewal processes the round ends where a draft yields less for its cost than rounds do on
     average: that maximises tokens per second.
 
@@ -63,7 +63,7 @@ class Lookahead:
         num_at_stake: int,
         num_rejected: int,
         policy_seconds: float,
-        expert_seconds: float,
+        rest_seconds: float,
     ) -> None:
         """Take in one round.
 
@@ -73,9 +73,9 @@ class Lookahead:
             num_at_stake: drafts that the expert could reject, of those that it came to.
             num_rejected: of these.
             policy_seconds: time of `length` policy forwards.
-            expert_seconds: time of the expert forward, and of judging the drafts.
+            rest_seconds: time of the rest: of the expert's forward, and of judging and writing down what was drafted.
         """
-        cost = expert_seconds * length / policy_seconds
+        cost = rest_seconds * length / policy_seconds
         self.rounds += 1
         self._tokens = MEMORY * self._tokens + tokens
         self._cost = MEMORY * self._cost + length + cost

@@ -56,18 +56,8 @@ class SpeculativeSampler(GuidedSampler):
         is_tested, is_replaced, tokens, policy_prob, expert_prob = self._judge(
             live, drafts, policy_logits, expert_logits, weight, temperature
         )
-        verified = self._clock()
-
+        num_rows, is_observed = len(live), self.draft_length is None and live.num_guided > 0
         live.num_drafted += live.num_guided * num
-        if self.draft_length is None and live.num_guided and live.num_prepared == num_prepared:
-            self.lookahead.observe(
-                num,
-                is_tested.sum().item() / len(live),
-                num_at_stake=int((at_stake & is_tested).sum()),
-                num_rejected=int(is_replaced.sum()),
-                policy_seconds=drafted - started,
-                expert_seconds=verified - drafted,
-            )
         live.commit(
             is_tested.sum(1),
             tokens,
@@ -78,6 +68,15 @@ class SpeculativeSampler(GuidedSampler):
             expert_drawn=is_replaced,
         )
         live.repack()
+        if is_observed and live.num_prepared == num_prepared:
+            self.lookahead.observe(
+                num,
+                is_tested.sum().item() / num_rows,
+                num_at_stake=int((at_stake & is_tested).sum()),
+                num_rejected=int(is_replaced.sum()),
+                policy_seconds=drafted - started,
+                rest_seconds=self._clock() - drafted,
+            )
 
     def _judge(
         self,
