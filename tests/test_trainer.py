@@ -677,3 +677,21 @@ def test_two_processes_agree_on_threshold_and_parameters(tmp_path):
     guided = [row for row in rows if row["kind"] == "guided"]
     assert len(guided) == 8
     assert all("".join(row["tokens"]).removesuffix(" <eos>") == row["completion"] for row in guided)
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("bf16", [False, True])
+def test_guided_training_on_an_accelerator(tmp_path, monkeypatch, bf16):
+    """On-policy and guided rows are drawn by CUDA graphs, also where the policy computes in another precision than its weights have."""
+    replays = []
+    replay = torch.cuda.CUDAGraph.replay
+    monkeypatch.setattr(torch.cuda.CUDAGraph, "replay", lambda graph: replays.append(graph) or replay(graph))
+    trainer = make_trainer(tmp_path, use_cpu=False, bf16=bf16, max_steps=4, reward_funcs=length_reward)
+    trainer.train()
+    assert trainer.accelerator.device.type == "cuda"
+    assert len(set(replays)) >= 2 * 4  # of both models, in each step
+    losses = [entry["loss"] for entry in trainer.state.log_history if "loss" in entry]
+    assert len(losses) == 4
+    assert all(math.isfinite(loss) for loss in losses)
+    drawn = logged(trainer, "guidance/expert_drawn")
+    assert all(0 < share < 1 for share in drawn)
