@@ -104,11 +104,13 @@ def test_dead_rows_leave_when_they_are_half_of_the_cache_for_a_while(static_forw
     assert read == sorted(read, reverse=True)
 
 
-def test_long_blocks_are_read_plainly(static_forwards, monkeypatch):
-    monkeypatch.setattr(graphs, "MAX_TOKENS", 2)
+@pytest.mark.parametrize("kind", [3, "coin"])
+def test_long_blocks_are_read_plainly(kind, static_forwards, monkeypatch):
+    """By turns with short ones, in the case of the coin."""
+    monkeypatch.setattr(graphs, "MAX_TOKENS", 1)
     models = tiny_model(seed=1), tiny_model(seed=2)
-    prompts = PROMPTS * 4
-    rollout = RAMP.sample(3, *models, prompts, length=12, eos={1})
+    prompts = PROMPTS[1:2] * 2  # few rows: the expert is asked now and then
+    rollout = RAMP.sample(kind, *models, prompts, length=30)
     assert set(static_forwards) == {1}
     assert_recorded(rollout, *models, prompts, RAMP)
 
