@@ -34,7 +34,6 @@ SAMPLING = [
     ),
     *mutations(
         "sampling/speculative.py",
-        ("is_rejected & is_tested", "is_rejected", "drafts behind a rejected one are replaced too"),
         (
             "ACCEPT) >= acceptance",
             "ACCEPT) < acceptance",
@@ -116,6 +115,11 @@ SAMPLING = [
         ("1 - policy_prob / mixed_prob", "weight", "every token where a coin shows heads counts as the expert's"),
         ("inverse_cdf(mixed, ", "inverse_cdf(expert, ", "drawn from the expert"),
         tests=LAW,
+    ),
+    *mutations(
+        "sampling/speculative.py",
+        ("is_rejected & is_tested", "is_rejected", "drafts that nobody came to count as rejected"),
+        tests=("sampling/test_lookahead.py",),
     ),
     *mutations(
         "sampling/graphs.py",
