@@ -1,33 +1,11 @@
 """Two processes (DDP over gloo) are one: the same rollouts, threshold, rewards and parameters, and never a wait without end."""
 
-import json
-import os
 import random
-import subprocess
-import sys
 
 import pytest
 import torch
 
-from tests.training import QUICKSTART
-
-ROOT = str(QUICKSTART.parents[1])
-
-
-def launch(folder, num_processes: int, settings: dict, timeout: float = 280):
-    """`several_processes.py`: what each process recorded, and the parameters that it trained."""
-    folder.mkdir()
-    torchrun = ["torch.distributed.run", "--standalone", f"--nproc_per_node={num_processes}", "-m"]
-    module = [*(torchrun if num_processes > 1 else []), "tests.several_processes", str(folder), json.dumps(settings)]
-    environment = {**os.environ, "PYTHONPATH": ROOT, "OMP_NUM_THREADS": "1"}
-    result = subprocess.run(
-        [sys.executable, "-m", *module], cwd=ROOT, env=environment, capture_output=True, text=True, timeout=timeout
-    )
-    assert result.returncode == 0, f"{settings}: {result.stderr[-3000:]}"
-    ranks = range(num_processes)
-    return [json.loads((folder / f"rank{rank}.json").read_text()) for rank in ranks], [
-        torch.load(folder / f"rank{rank}.pt") for rank in ranks
-    ]
+from tests.processes import launch
 
 
 @pytest.mark.parametrize(
