@@ -135,5 +135,7 @@ def test_what_does_not_work_on_a_part_is_refused(tmp_path, shard, plugin, change
 def test_an_expert_that_was_not_loaded_whole_is_refused(tmp_path, shard, plugin):
     trainer = make_trainer(tmp_path)
     shard(trainer, plugin)
-    with pytest.raises(ValueError, match=r"expert_model is a LlamaForCausalLM, which .* Pass its name or path instead"):
+    with pytest.raises(
+        ValueError, match=r"expert_model is a LlamaForCausalLM, which .* Pass its name or path instead"
+    ):
         trainer._set_up_expert(tiny_model(0), None)
