@@ -24,10 +24,11 @@ def launch(folder: Path, num_processes: int, settings: dict, config: str | None 
     launcher = ["torch.distributed.run", "--standalone", f"--nproc_per_node={num_processes}"]
     if config is not None:
         settings = {**settings, "on_accelerators": True}
+        accumulation = settings.get("gradient_accumulation_steps", 2)  # of which zero1.yaml has a number of its own
         launcher = [
             *("accelerate.commands.launch", "--config_file", str(CONFIGS / f"{config}.yaml")),
             *("--num_processes", str(num_processes), "--main_process_port", str(free_port())),
-            *("--mixed_precision", "no", "--gradient_accumulation_steps", "2"),  # zero1.yaml has one of its own
+            *("--mixed_precision", "no", "--gradient_accumulation_steps", str(accumulation)),
         ]
     module = [*([*launcher, "-m"] if num_processes > 1 else []), "tests.several_processes", str(folder)]
     environment = {**os.environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1", "DS_ACCELERATOR": "cpu"}

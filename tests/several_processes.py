@@ -99,9 +99,10 @@ def main(folder: Path, settings: dict) -> None:
     init = {"peft_config": LoraConfig(**LORA)} if settings.pop("lora", False) else {}
     resume = settings.pop("resume_from_checkpoint", None)
     counts["rollouts"] = settings.pop("steps_done", 0)
+    num_short = settings.pop("num_short_completions", 1)
     ends_at_once = settings.pop("ends_at_once", [])  # processes whose rollouts end with their first token
     dataset = expert_dataset(32, num_completions=2).map(
-        lambda row: {"expert_completions": [row["expert_completions"][0], "U U"]}
+        lambda row: {"expert_completions": [row["expert_completions"][0], *["U U"] * num_short]}
     )
     run = {**SETTINGS, **settings}
     expert = {"expert_model": None} if run.get("expert_model_shares_base") else {}
@@ -116,7 +117,7 @@ def main(folder: Path, settings: dict) -> None:
     )
     rank = trainer.accelerator.process_index
     if rank in ends_at_once:
-        trainer.eos_token_ids = list(range(trainer.model.config.vocab_size))
+        trainer.eos_token_ids = trainer.generation_config.eos_token_id = list(range(trainer.model.config.vocab_size))
     if trainer.accelerator.state.deepspeed_plugin is not None:  # ZeRO-3 is to divide tiny parameters, too
         zero = trainer.accelerator.state.deepspeed_plugin.deepspeed_config["zero_optimization"]
         zero["stage3_param_persistence_threshold"] = 0

@@ -71,8 +71,9 @@ def random_run(seed: int) -> dict:
 
 @pytest.mark.slow
 @pytest.mark.timeout(0)
-def test_no_process_waits_for_ever(tmp_path):
-    """50 short runs, each of which must end by itself within four minutes."""
-    for seed in range(50):
-        _, parameters = launch(tmp_path / str(seed), 2, random_run(seed), timeout=240)
+@pytest.mark.parametrize(("config", "num_runs"), [(None, 50), ("fsdp2", 20)])
+def test_no_process_waits_for_ever(tmp_path, config, num_runs):
+    """Short runs, each of which must end by itself within four minutes."""
+    for seed in range(num_runs):
+        _, parameters = launch(tmp_path / str(seed), 2, random_run(seed), config, timeout=240)
         assert all(torch.equal(parameters[0][name], value) for name, value in parameters[1].items()), seed

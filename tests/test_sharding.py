@@ -12,13 +12,14 @@ from tests.models import tiny_model
 from tests.processes import launch
 from tests.training import INJECTED, expert_dataset, make_trainer
 
-# Guided, injected and on-policy rows; completions are scored by policy and expert, on one process more than on the other.
+# Guided, injected and on-policy rows; policy and expert score completions, of which one process has more than a batch, and the other none.
 # With Adam's own epsilon of 1e-8, the sign of a gradient that is nearly 0, which the order of a sum decides, makes a whole step.
 RUN = {
     "adam_epsilon": 1e-5,
     "injection_selector": "learnable",
     "injection_correction": "truncated",
     "max_injected_per_batch": 1,
+    "num_short_completions": 5,
 }
 LORA = {**RUN, "lora": True, "learning_rate": 1e-3}
 needs_deepspeed = pytest.mark.skipif(importlib.util.find_spec("deepspeed") is None, reason="needs DeepSpeed")
