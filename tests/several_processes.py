@@ -18,7 +18,7 @@ from transformers import PreTrainedModel
 
 from tests.processes import leave
 from tests.training import GUIDED, INJECTED, expert_dataset, length_reward, make_trainer
-from trl_selective import SelectiveGuidanceGRPOTrainer
+from trl_selective import PassAtKCallback, SelectiveGuidanceGRPOTrainer
 from trl_selective.sampling import live_rows
 
 NAMES = ["loss", "reward", "guidance/entropy_threshold", "guidance/weight", "guidance/expert_drawn", "guidance/rescued_groups"]  # fmt: skip
@@ -100,6 +100,7 @@ def main(folder: Path, settings: dict) -> None:
     resume = settings.pop("resume_from_checkpoint", None)
     counts["rollouts"] = settings.pop("steps_done", 0)
     num_short = settings.pop("num_short_completions", 1)
+    is_watched = settings.pop("watched", False)
     ends_at_once = settings.pop("ends_at_once", [])  # processes whose rollouts end with their first token
     dataset = expert_dataset(32, num_completions=2).map(
         lambda row: {"expert_completions": [row["expert_completions"][0], *["U U"] * num_short]}
@@ -118,6 +119,9 @@ def main(folder: Path, settings: dict) -> None:
     rank = trainer.accelerator.process_index
     if rank in ends_at_once:
         trainer.eos_token_ids = trainer.generation_config.eos_token_id = list(range(trainer.model.config.vocab_size))
+    if is_watched:
+        heldout = dataset.select(range(4))
+        trainer.add_callback(PassAtKCallback(trainer, heldout, length_reward, num_samples=4, every_n_steps=1))
     if trainer.accelerator.state.deepspeed_plugin is not None:  # ZeRO-3 is to divide tiny parameters, too
         zero = trainer.accelerator.state.deepspeed_plugin.deepspeed_config["zero_optimization"]
         zero["stage3_param_persistence_threshold"] = 0
@@ -127,6 +131,7 @@ def main(folder: Path, settings: dict) -> None:
     record = {
         "logs": logs,
         "counts": counts,
+        "pass_at_4": [entry["eval/pass@4"] for entry in trainer.state.log_history if "eval/pass@4" in entry],
         "lengths": [[len(ids) for ids in batch.completion_ids] for batch in trainer.batches],
         "injected": [
             [(c.row, c.completion.token_ids) for c in (batch.injection.injected if batch.injection else ())]

@@ -7,10 +7,19 @@ import pytest
 import torch
 from accelerate import FullyShardedDataParallelPlugin
 from accelerate.state import AcceleratorState
+from trl import GRPOTrainer
 
 from tests.models import tiny_model
 from tests.processes import launch
-from tests.training import INJECTED, expert_dataset, make_trainer
+from tests.training import (
+    INJECTED,
+    expert_dataset,
+    length_reward,
+    make_plain_trainer,
+    make_trainer,
+    path_dataset,
+)
+from trl_selective import PassAtKCallback, SelectiveGuidanceGRPOTrainer
 
 # Guided, injected and on-policy rows; policy and expert score completions, of which one process has more than a batch, and the other none.
 # With Adam's own epsilon of 1e-8, the sign of a gradient that is nearly 0, which the order of a sum decides, makes a whole step.
@@ -94,6 +103,18 @@ def test_a_resumed_run_ends_as_one_that_went_on(tmp_path, config, run):
         torch.testing.assert_close(parameters[name], value, rtol=0, atol=1e-6)
 
 
+@pytest.mark.slow
+@pytest.mark.parametrize(("config", "run"), [case("fsdp2", RUN, "model"), case("zero3", RUN, "model")])
+def test_the_main_process_evaluates_alone(tmp_path, config, run):
+    """Also between two updates with nothing else than their loss: training goes on as if nothing had happened."""
+    run = {**run, "per_device_train_batch_size": 4, "num_iterations": 2}
+    plain, (expected, _) = launch(tmp_path / "plain", 2, run, config)
+    watched, (parameters, _) = launch(tmp_path / "watched", 2, {**run, "watched": True}, config)
+    assert [len(record["pass_at_4"]) for record in (*plain, *watched)] == [0, 0, 4, 0]
+    assert watched[0]["logs"] == plain[0]["logs"]
+    assert all(torch.equal(parameters[name], value) for name, value in expected.items())
+
+
 # ---- What is refused -------------------------------------------------------------------------------------------------------------------
 
 
@@ -139,3 +160,17 @@ def test_an_expert_that_was_not_loaded_whole_is_refused(tmp_path, monkeypatch, s
     shard(trainer, plugin)
     with pytest.raises(ValueError, match=r"expert_model is a LlamaForCausalLM, which .* Pass its name or path"):
         trainer._set_up_expert(tiny_model(0), None)
+
+
+@pytest.mark.parametrize(
+    ("plugin", "trainer_class", "message"),
+    [
+        (FSDP1, SelectiveGuidanceGRPOTrainer, "PassAtKCallback needs the whole policy .* which FSDP1 cannot give"),
+        (FSDP2, GRPOTrainer, "a GRPOTrainer cannot put them together. Use SelectiveGuidanceGRPOTrainer, which is"),
+    ],
+)
+def test_an_evaluation_of_a_part_is_refused(tmp_path, shard, plugin, trainer_class, message):
+    trainer = make_plain_trainer(tmp_path, trainer_class)
+    shard(trainer, plugin)
+    with pytest.raises(ValueError, match=message):
+        PassAtKCallback(trainer, path_dataset(1), length_reward, every_n_steps=1)

@@ -8,6 +8,7 @@ and no forward waits for another process. All processes begin and end that time 
 from collections.abc import Iterator
 from contextlib import contextmanager
 
+import torch
 from accelerate import Accelerator
 from accelerate.utils import disable_fsdp_ram_efficient_loading, enable_fsdp_ram_efficient_loading
 from torch import nn
@@ -15,6 +16,7 @@ from torch.distributed.fsdp import FSDPModule
 from transformers.integrations.deepspeed import unset_hf_deepspeed_config
 
 from trl_selective.config import SelectiveGuidanceGRPOConfig
+from trl_selective.experts import evaluation_mode
 
 
 def is_zero3(accelerator: Accelerator) -> bool:
@@ -28,33 +30,43 @@ def fsdp_version(accelerator: Accelerator) -> int | None:
     return None if plugin is None else plugin.fsdp_version
 
 
-def check_sharding(accelerator: Accelerator, args: SelectiveGuidanceGRPOConfig, setting: str) -> None:
-    """Refuse ways of sharding the policy in which `setting`, the kind of guidance, does not work.
+def is_sharded(accelerator: Accelerator) -> bool:
+    return is_zero3(accelerator) or fsdp_version(accelerator) is not None
+
+
+def check_gathers(accelerator: Accelerator, ds3_gather_for_generation: bool, what: str) -> None:
+    """Refuse ways of sharding in which the policy cannot be whole while `what` runs it.
 
     Raises:
         ValueError: saying what to use.
     """
     if fsdp_version(accelerator) == 1:
         raise ValueError(
-            f"{setting} > 0 needs the whole policy on each process while it samples, which FSDP1 cannot give. Use FSDP2: `fsdp_version: 2` in "
-            "the accelerate config, as in TRL's fsdp2.yaml."
+            f"{what} needs the whole policy on each process while it samples, which FSDP1 cannot give. Use FSDP2: `fsdp_version: 2` in the "
+            "accelerate config, as in TRL's fsdp2.yaml."
         )
-    if is_zero3(accelerator) and not args.ds3_gather_for_generation:
+    if is_zero3(accelerator) and not ds3_gather_for_generation:
         raise ValueError(
-            f"{setting} > 0 needs the whole policy on each process while it samples, got ds3_gather_for_generation=False with ZeRO-3. Set it to "
-            "True, or use ZeRO-2 or FSDP2."
+            f"{what} needs the whole policy on each process while it samples, got ds3_gather_for_generation=False with ZeRO-3. Set it to True, or "
+            "use ZeRO-2 or FSDP2."
         )
-    if not is_zero3(accelerator) and fsdp_version(accelerator) is None:
-        return
-    for name, is_on in {
+
+
+def check_second_models(accelerator: Accelerator, args: SelectiveGuidanceGRPOConfig) -> None:
+    """Refuse models that are made out of the policy before it is sharded.
+
+    Raises:
+        ValueError: naming the setting.
+    """
+    settings = {
         "expert_model_shares_base=True": args.expert_model_shares_base,
         "mixture_policy='initial'": args.mixture_policy == "initial",
-    }.items():
-        if is_on:
-            raise ValueError(
-                f"{name} keeps a second model around the policy's own parameters or a copy of them, which FSDP and ZeRO-3 divide among the "
-                "processes. Unset it (a small adapter's base can be loaded once more as the expert), or use DDP or ZeRO-2."
-            )
+    }
+    for setting in [name for name, is_on in settings.items() if is_on and is_sharded(accelerator)]:
+        raise ValueError(
+            f"{setting} keeps a second model around the policy's own parameters or a copy of them, which FSDP and ZeRO-3 divide among the processes. "
+            "Unset it (the base of an adapter can be loaded once more as the expert), or use DDP or ZeRO-2."
+        )
 
 
 @contextmanager
@@ -93,16 +105,31 @@ def check_whole(accelerator: Accelerator, expert: object) -> None:
 
 @contextmanager
 def unsharded(model: nn.Module, accelerator: Accelerator) -> Iterator[None]:
-    """All parameters of a model under FSDP2 on every process, in the precision that it computes in; any other model as it is."""
+    """All parameters of a model under FSDP2 on every process, in the precision that it computes in; any other model as it is. A process may
+    make any number of forwards in here, or none."""
     modules = [module for module in model.modules() if isinstance(module, FSDPModule)]
     for module in modules:
         module.set_reshard_after_forward(False, recurse=False)
         module.unshard()
     try:
         yield
+        if modules:
+            _run_once(model)
     finally:
         plugin = getattr(accelerator.state, "fsdp_plugin", None)
         for module in modules:
             module.reshard()
             # Torch does not tell what it was. With that of the plugin, embeddings and head follow it as well: one gather more in a backward.
             module.set_reshard_after_forward(plugin is None or bool(plugin.reshard_after_forward), recurse=False)
+
+
+@torch.no_grad()
+def _run_once(model: nn.Module) -> None:
+    """One token through the whole model, so that nothing that FSDP2 remembers of the forwards before differs between processes, or is half done.
+
+    It gathers, at the end of the backward of a loss, what ran before the loss: where nothing did, the other processes would wait in vain. And
+    torch before 2.13 does not gather modules of a group of which one has not run, as the head in TRL's log-probabilities, in the next forward.
+    """
+    token = torch.zeros(1, 1, dtype=torch.long, device=next(model.parameters()).device)
+    with evaluation_mode(model):
+        model(input_ids=token)

@@ -72,7 +72,7 @@ from trl_selective.reporting.rollouts import LoggedBatch, rollout_rows, write_ro
 from trl_selective.rollout import GuidedRollout
 from trl_selective.sampling import make_sampler
 from trl_selective.selection import Selector, Trigger, make_selector, make_trigger
-from trl_selective.sharding import check_sharding, check_whole, loading_whole, unsharded
+from trl_selective.sharding import check_gathers, check_second_models, check_whole, loading_whole, unsharded
 from trl_selective.state import STATE_FILE, saved_state, write_state
 from trl_selective.threshold import EntropyThreshold
 from trl_selective.trl_versions import warn_of_newer_trl
@@ -218,7 +218,8 @@ class SelectiveGuidanceGRPOTrainer(GRPOTrainer):
                 raise ValueError(
                     f"{setting} > 0 needs a text model, got a processor with images. Set it to 0 to train this model."
                 )
-            check_sharding(self.accelerator, self.args, setting)
+            check_gathers(self.accelerator, self.args.ds3_gather_for_generation, f"{setting} > 0")
+            check_second_models(self.accelerator, self.args)
 
     def _set_up_expert(self, expert_model, expert_processing_class) -> None:
         args = self.args
@@ -419,7 +420,7 @@ class SelectiveGuidanceGRPOTrainer(GRPOTrainer):
 
     def _sample_guided(self, prompt_ids: list[list[int]], is_guided: list[bool] | None = None) -> GuidedRollout:
         """Mixed-policy rollouts of the current policy."""
-        with self._whole_policy() as policy, self._expert_at_hand():
+        with self.whole_policy() as policy, self._expert_at_hand():
             if self.args.mixture_policy == "current":
                 self._sampler.policy = policy
             return self._sampler.sample(
@@ -432,9 +433,9 @@ class SelectiveGuidanceGRPOTrainer(GRPOTrainer):
             )
 
     @contextmanager
-    def _whole_policy(self) -> Iterator[PreTrainedModel]:
-        """The policy in the mode and with the weights that TRL samples it, all of them on every process: a forward in here waits for no other
-        process, but all enter and leave together."""
+    def whole_policy(self) -> Iterator[PreTrainedModel]:
+        """The policy in the mode and with the weights that TRL samples it, all of them on every process, however it is sharded: a forward in here
+        waits for no other process, but all processes enter and leave together. For callbacks, too."""
         options = {"gather_deepspeed3_params": self.args.ds3_gather_for_generation}
         if "gradient_checkpointing_kwargs" in inspect.signature(unwrap_model_for_generation).parameters:  # TRL >= 1.16
             options["gradient_checkpointing_kwargs"] = self.args.gradient_checkpointing_kwargs
@@ -549,9 +550,9 @@ class SelectiveGuidanceGRPOTrainer(GRPOTrainer):
     def _policy_logps(self, prompt_ids, completion_ids) -> list[torch.Tensor]:
         """log pi_theta of each token of given completions, without dropout, as the loss computes it otherwise. All processes call it together,
         each with rows of its own, or none."""
-        # A sharded model remembers a forward until the next backward: all processes must have made one, or none.
-        num_rows, any_row = len(prompt_ids), [[self._tokenizer.pad_token_id]]
-        prompt_ids, completion_ids = prompt_ids or any_row, completion_ids or any_row
+        if not prompt_ids:
+            with self.whole_policy():
+                return []
         prompts, completions = ([torch.tensor(ids) for ids in rows] for rows in (prompt_ids, completion_ids))
         parts = []
         for texts, side in ((prompts, "left"), (completions, "right")):
@@ -562,7 +563,7 @@ class SelectiveGuidanceGRPOTrainer(GRPOTrainer):
         input_ids, attention_mask = (
             torch.cat(part, dim=1).to(self.accelerator.device) for part in zip(*parts, strict=True)
         )
-        with self._whole_policy(), torch.no_grad(), evaluation_mode(self.model):
+        with self.whole_policy(), torch.no_grad(), evaluation_mode(self.model):
             logps, _, _ = self._get_per_token_logps_and_entropies(
                 self.model,
                 input_ids,
@@ -570,7 +571,7 @@ class SelectiveGuidanceGRPOTrainer(GRPOTrainer):
                 parts[1][0].size(1),
                 batch_size=self.args.per_device_train_batch_size,
             )
-        return [row[: len(ids)].cpu() for row, ids in zip(logps, completions, strict=True)][:num_rows]
+        return [row[: len(ids)].cpu() for row, ids in zip(logps, completions, strict=True)]
 
     def _log_last_injected(self) -> None:
         """What the update has made of the completions that were injected before it: their log-probability now."""
