@@ -1,5 +1,6 @@
 """Several processes: simulated by threads that wait for one another, and real ones."""
 
+import importlib.util
 import json
 import os
 import socket
@@ -10,10 +11,12 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any, NoReturn
 
+import pytest
 import torch
 import trl
 
 ROOT = Path(__file__).parents[1]
+needs_deepspeed = pytest.mark.skipif(importlib.util.find_spec("deepspeed") is None, reason="needs DeepSpeed")
 CONFIGS = Path(trl.__file__).parent / "accelerate_configs"
 
 

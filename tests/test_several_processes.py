@@ -5,7 +5,7 @@ import random
 import pytest
 import torch
 
-from tests.processes import launch
+from tests.processes import launch, needs_deepspeed
 
 
 @pytest.mark.parametrize(
@@ -71,7 +71,9 @@ def random_run(seed: int) -> dict:
 
 @pytest.mark.slow
 @pytest.mark.timeout(0)
-@pytest.mark.parametrize(("config", "num_runs"), [(None, 50), ("fsdp2", 20)])
+@pytest.mark.parametrize(
+    ("config", "num_runs"), [(None, 50), ("fsdp2", 20), pytest.param("zero3", 20, marks=needs_deepspeed)]
+)
 def test_no_process_waits_for_ever(tmp_path, config, num_runs):
     """Short runs, each of which must end by itself within four minutes."""
     for seed in range(num_runs):

@@ -1,6 +1,5 @@
 """Policies of which each of two real processes holds a part (FSDP2, and ZeRO where DeepSpeed is installed) train as a whole one does."""
 
-import importlib.util
 from types import SimpleNamespace
 
 import pytest
@@ -10,7 +9,7 @@ from accelerate.state import AcceleratorState
 from trl import GRPOTrainer
 
 from tests.models import tiny_model
-from tests.processes import launch
+from tests.processes import launch, needs_deepspeed
 from tests.training import (
     INJECTED,
     expert_dataset,
@@ -31,7 +30,6 @@ RUN = {
     "num_short_completions": 5,
 }
 LORA = {**RUN, "lora": True, "learning_rate": 1e-3}
-needs_deepspeed = pytest.mark.skipif(importlib.util.find_spec("deepspeed") is None, reason="needs DeepSpeed")
 
 
 def case(config: str, run: dict, name: str, *marks):

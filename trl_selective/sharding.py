@@ -105,8 +105,27 @@ def check_whole(accelerator: Accelerator, expert: object) -> None:
 
 @contextmanager
 def unsharded(model: nn.Module, accelerator: Accelerator) -> Iterator[None]:
-    """All parameters of a model under FSDP2 on every process, in the precision that it computes in; any other model as it is. A process may
-    make any number of forwards in here, or none."""
+    """All parameters of a model under FSDP2 on every process, in the precision that it computes in; under ZeRO-3, where TRL has gathered them,
+    and otherwise the model as it is. A process may make any number of forwards in here, or none."""
+    with _without_hooks(model) if is_zero3(accelerator) else _gathered_by_fsdp2(model, accelerator):
+        yield
+
+
+@contextmanager
+def _without_hooks(model: nn.Module) -> Iterator[None]:
+    """No hooks before a forward of the model itself. TRL takes those of DeepSpeed off while it gathers, all but one: the processes compare the
+    order of their modules, until two forwards and backwards had the same."""
+    hooks = model._forward_pre_hooks  # noqa: SLF001
+    kept = dict(hooks)
+    hooks.clear()
+    try:
+        yield
+    finally:
+        hooks.update(kept)
+
+
+@contextmanager
+def _gathered_by_fsdp2(model: nn.Module, accelerator: Accelerator) -> Iterator[None]:
     modules = [module for module in model.modules() if isinstance(module, FSDPModule)]
     for module in modules:
         module.set_reshard_after_forward(False, recurse=False)
