@@ -5,18 +5,20 @@ process. Other entries are settings of the run. Each process leaves a record in 
 """
 
 import json
+import os
 import sys
 from collections import Counter
 from pathlib import Path
 
 import torch
-from accelerate import PartialState
+from accelerate import DistributedType, PartialState
 from peft import LoraConfig
+from torch.distributed.tensor import DTensor
 from transformers import PreTrainedModel
 
 from tests.processes import leave
 from tests.training import GUIDED, INJECTED, expert_dataset, length_reward, make_trainer
-from trl_selective import SelectiveGuidanceGRPOTrainer
+from trl_selective import PassAtKCallback, SelectiveGuidanceGRPOTrainer
 from trl_selective.sampling import live_rows
 
 NAMES = ["loss", "reward", "guidance/entropy_threshold", "guidance/weight", "guidance/expert_drawn", "guidance/rescued_groups"]  # fmt: skip
@@ -65,18 +67,43 @@ def noise_by_row(num_rows: int, num_positions: int, device: torch.device) -> tor
     return every[state.process_index * num_rows :][:num_rows].to(device)
 
 
+def num_held(parameter: torch.Tensor) -> int:
+    """Numbers of a parameter that are in this process."""
+    if hasattr(parameter, "ds_tensor"):  # ZeRO-3; what it gathers for a forward is no part of it
+        return parameter.numel() or parameter.ds_tensor.numel()
+    return (parameter.to_local() if isinstance(parameter, DTensor) else parameter).numel()
+
+
 def full_parameters(model: PreTrainedModel) -> dict[str, torch.Tensor]:
     """Of all processes together, where each holds a part."""
     parameters = {name: parameter.detach() for name, parameter in model.named_parameters() if parameter.requires_grad}
-    return {name: p.full_tensor() if hasattr(p, "full_tensor") else p for name, p in parameters.items()}
+    if any(hasattr(parameter, "ds_id") for parameter in model.parameters()):
+        import deepspeed
+
+        with deepspeed.zero.GatheredParameters(list(model.parameters())):
+            return {name: p.detach().clone() for name, p in model.named_parameters() if p.requires_grad}
+    return {name: p.full_tensor() if isinstance(p, DTensor) else p for name, p in parameters.items()}
+
+
+def be_accelerators() -> None:
+    """Accelerate shards on accelerators alone: tell it that these processes are such, and talk through gloo. All else is as it is there."""
+    PartialState._prepare_backend = lambda *_: ("gloo", DistributedType.MULTI_GPU)
+    os.environ["ACCELERATE_TORCH_DEVICE"] = "cpu"
 
 
 def main(folder: Path, settings: dict) -> None:
     live_rows.position_noise = noise_by_row
+    if settings.pop("on_accelerators", False):
+        be_accelerators()
+        settings["use_cpu"] = False
     init = {"peft_config": LoraConfig(**LORA)} if settings.pop("lora", False) else {}
+    resume = settings.pop("resume_from_checkpoint", None)
+    counts["rollouts"] = settings.pop("steps_done", 0)
+    num_short = settings.pop("num_short_completions", 1)
+    is_watched = settings.pop("watched", False)
     ends_at_once = settings.pop("ends_at_once", [])  # processes whose rollouts end with their first token
     dataset = expert_dataset(32, num_completions=2).map(
-        lambda row: {"expert_completions": [row["expert_completions"][0], "U U"]}
+        lambda row: {"expert_completions": [row["expert_completions"][0], *["U U"] * num_short]}
     )
     run = {**SETTINGS, **settings}
     expert = {"expert_model": None} if run.get("expert_model_shares_base") else {}
@@ -91,21 +118,30 @@ def main(folder: Path, settings: dict) -> None:
     )
     rank = trainer.accelerator.process_index
     if rank in ends_at_once:
-        trainer.eos_token_ids = list(range(trainer.model.config.vocab_size))
-    trainer.train()
+        trainer.eos_token_ids = trainer.generation_config.eos_token_id = list(range(trainer.model.config.vocab_size))
+    if is_watched:
+        heldout = dataset.select(range(4))
+        trainer.add_callback(PassAtKCallback(trainer, heldout, length_reward, num_samples=4, every_n_steps=1))
+    if trainer.accelerator.state.deepspeed_plugin is not None:  # ZeRO-3 is to divide tiny parameters, too
+        zero = trainer.accelerator.state.deepspeed_plugin.deepspeed_config["zero_optimization"]
+        zero["stage3_param_persistence_threshold"] = 0
+    trainer.train(resume)
+    model = trainer.accelerator.unwrap_model(trainer.model)
     logs = {name: [entry[name] for entry in trainer.state.log_history if name in entry] for name in NAMES}
     record = {
         "logs": logs,
         "counts": counts,
+        "pass_at_4": [entry["eval/pass@4"] for entry in trainer.state.log_history if "eval/pass@4" in entry],
         "lengths": [[len(ids) for ids in batch.completion_ids] for batch in trainer.batches],
         "injected": [
             [(c.row, c.completion.token_ids) for c in (batch.injection.injected if batch.injection else ())]
             for batch in trainer.batches
         ],
+        "held": sum(map(num_held, model.parameters())),
         "drawn": [sum(map(sum, batch.rollout.expert_drawn)) if batch.rollout else 0 for batch in trainer.batches],
     }
     (folder / f"rank{rank}.json").write_text(json.dumps(record))
-    torch.save(full_parameters(trainer.accelerator.unwrap_model(trainer.model)), folder / f"rank{rank}.pt")
+    torch.save(full_parameters(model), folder / f"rank{rank}.pt")
     leave()
 
 

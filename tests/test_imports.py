@@ -34,6 +34,7 @@ PARTS = [
     "presets",
     "config",
     "checks",
+    "sharding",
     "rewards",
     "evaluation",
     "reporting",

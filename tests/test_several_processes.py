@@ -1,33 +1,11 @@
 """Two processes (DDP over gloo) are one: the same rollouts, threshold, rewards and parameters, and never a wait without end."""
 
-import json
-import os
 import random
-import subprocess
-import sys
 
 import pytest
 import torch
 
-from tests.training import QUICKSTART
-
-ROOT = str(QUICKSTART.parents[1])
-
-
-def launch(folder, num_processes: int, settings: dict, timeout: float = 280):
-    """`several_processes.py`: what each process recorded, and the parameters that it trained."""
-    folder.mkdir()
-    torchrun = ["torch.distributed.run", "--standalone", f"--nproc_per_node={num_processes}", "-m"]
-    module = [*(torchrun if num_processes > 1 else []), "tests.several_processes", str(folder), json.dumps(settings)]
-    environment = {**os.environ, "PYTHONPATH": ROOT, "OMP_NUM_THREADS": "1"}
-    result = subprocess.run(
-        [sys.executable, "-m", *module], cwd=ROOT, env=environment, capture_output=True, text=True, timeout=timeout
-    )
-    assert result.returncode == 0, f"{settings}: {result.stderr[-3000:]}"
-    ranks = range(num_processes)
-    return [json.loads((folder / f"rank{rank}.json").read_text()) for rank in ranks], [
-        torch.load(folder / f"rank{rank}.pt") for rank in ranks
-    ]
+from tests.processes import launch, needs_deepspeed
 
 
 @pytest.mark.parametrize(
@@ -93,8 +71,11 @@ def random_run(seed: int) -> dict:
 
 @pytest.mark.slow
 @pytest.mark.timeout(0)
-def test_no_process_waits_for_ever(tmp_path):
-    """50 short runs, each of which must end by itself within four minutes."""
-    for seed in range(50):
-        _, parameters = launch(tmp_path / str(seed), 2, random_run(seed), timeout=240)
+@pytest.mark.parametrize(
+    ("config", "num_runs"), [(None, 50), ("fsdp2", 20), pytest.param("zero3", 20, marks=needs_deepspeed)]
+)
+def test_no_process_waits_for_ever(tmp_path, config, num_runs):
+    """Short runs, each of which must end by itself within four minutes."""
+    for seed in range(num_runs):
+        _, parameters = launch(tmp_path / str(seed), 2, random_run(seed), config, timeout=240)
         assert all(torch.equal(parameters[0][name], value) for name, value in parameters[1].items()), seed

@@ -48,7 +48,7 @@ def test_the_hook_that_is_bound_by_name():
 def test_every_override_exists_in_trl():
     """A hook that TRL renames would be a method that nobody calls."""
     own = {"_settings_in_use", "_needs_expert", "_check_policy", "_set_up_expert", "_expert_behind_server", "_expert_on_base", "_set_up_guidance", "_set_up_injection", "_render", "_initial_policy",
-           "_sum_over_processes", "_plan_batch", "_entropy_threshold", "_guidance_coef", "_can_sample_together", "_sample_guided", "_expert_at_hand", "_inject",
+           "_sum_over_processes", "_plan_batch", "_entropy_threshold", "_guidance_coef", "_can_sample_together", "_sample_guided", "whole_policy", "_expert_at_hand", "_inject",
            "_score_completions", "_expert_logps", "_decode", "_policy_logps", "_log_last_injected", "_behaviour_logps", "_log_columns",
            "_rewards_by_group", "_was_guided", "_apply_guidance", "_label_rows", "_bind_to_policy", "_log_batch",
            "_rollout_metrics", "_injection_metrics", "_batch_as_logged", "_training_run", "_save_picture"}  # fmt: skip
@@ -62,7 +62,6 @@ def test_every_override_exists_in_trl():
     [
         ("_tokenizer", object),
         ("_is_vlm", bool),
-        ("_dist", object),
         ("_metrics", dict),
         ("_logs", dict),
         ("_pending_extra_logs", dict),
@@ -76,8 +75,6 @@ def test_every_override_exists_in_trl():
         ("scale_rewards", str),
         ("reward_weights", torch.Tensor),
         ("reward_func_names", list),
-        ("is_fsdp_enabled", bool),
-        ("is_deepspeed_enabled", bool),
         ("model_wrapped", object),
         ("use_transformers_continuous_batching", bool),
     ],
@@ -96,10 +93,8 @@ def test_the_logs_are_the_last_generation_batch(trainer):
 
 
 def test_generation_context(trainer):
-    """trainer.py: `_sample_guided` samples with the weights and in the mode that TRL samples."""
+    """trainer.py: `whole_policy` has the policy with the weights and in the mode that TRL samples."""
     assert "gather_deepspeed3_params" in inspect.signature(unwrap_model_for_generation).parameters
-    with trainer._dist.summon_full_params(trainer.model_wrapped, recurse=False):
-        pass
 
 
 def test_what_is_repaired_is_what_trl_logs(trainer):

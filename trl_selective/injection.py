@@ -189,8 +189,8 @@ class Injector:
             batch: the rollouts.
             score: rewards of completions for rows of this process, `score([(row, completion), ...], num_rows)`. All processes call it together
                 with the same `num_rows`, the largest number of completions that any of them has; where that is 0, none does.
-            policy_logps: log pi_theta of each token of completions, given the ids of prompts and completions. Each process calls it for
-                itself, or not.
+            policy_logps: log pi_theta of each token of completions, given the ids of prompts and completions. If the selector
+                needs it for any group, all processes call it together, each with rows of its own, or none.
         """
         streams = [random.Random(f"{self.seed} {self.num_batches} {group}") for group in range(len(batch.rewards))]
         outcomes = GroupOutcomes(
@@ -207,7 +207,7 @@ class Injector:
             for group, found in completions.items()
             if allotted[group]
         }
-        if self.selector.needs_logps:
+        if self.selector.needs_logps and any(allotted):
             self._add_logps(batch, candidates, policy_logps)
         for found in candidates.values() if self.selector.learners() else ():
             found.features = features(found)
@@ -304,7 +304,7 @@ class Injector:
             batch.prompt_ids[batch.first_row(group)] for group, found in candidates.items() for _ in found.completions
         ]
         texts = [completion.token_ids for found in candidates.values() for completion in found.completions]
-        means = iter([logps.double().mean().item() for logps in policy_logps(prompts, texts)] if texts else [])
+        means = iter([logps.double().mean().item() for logps in policy_logps(prompts, texts)])
         for found in candidates.values():
             found.logps = [next(means) for _ in found.completions]
 

@@ -11,7 +11,8 @@ import os
 import time
 import warnings
 from collections import defaultdict
-from contextlib import AbstractContextManager, nullcontext
+from collections.abc import Iterator
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from functools import partial
 from pathlib import Path
 
@@ -71,6 +72,7 @@ from trl_selective.reporting.rollouts import LoggedBatch, rollout_rows, write_ro
 from trl_selective.rollout import GuidedRollout
 from trl_selective.sampling import make_sampler
 from trl_selective.selection import Selector, Trigger, make_selector, make_trigger
+from trl_selective.sharding import check_gathers, check_second_models, check_whole, loading_whole, unsharded
 from trl_selective.state import STATE_FILE, saved_state, write_state
 from trl_selective.threshold import EntropyThreshold
 from trl_selective.trl_versions import warn_of_newer_trl
@@ -163,7 +165,7 @@ class SelectiveGuidanceGRPOTrainer(GRPOTrainer):
         self._batch: GuidedBatch | None = None  # while a guided batch is generated and scored
         self._loss_inputs: dict | None = None  # while the loss of a micro-batch is computed
         self._loss_sums: torch.Tensor | None = None  # what `_bind_to_policy` adds up in that micro-batch
-        self._last_injected: list[tuple] | None = None  # prompts and completions, until the policy was updated
+        self._last_injected: tuple[list, list] | None = None  # prompts and completions, until the policy was updated
         self._logged_batch: LoggedBatch | None = None  # the last one, until it was written
         self._check_policy()
         if needs_expert:
@@ -211,19 +213,13 @@ class SelectiveGuidanceGRPOTrainer(GRPOTrainer):
         return False
 
     def _check_policy(self) -> None:
-        is_sharded = self.is_fsdp_enabled or (
-            self.is_deepspeed_enabled and self.accelerator.state.deepspeed_plugin.zero_stage == 3
-        )
         for setting in self._settings_in_use():
             if self._is_vlm:
                 raise ValueError(
                     f"{setting} > 0 needs a text model, got a processor with images. Set it to 0 to train this model."
                 )
-            if is_sharded:
-                raise ValueError(
-                    f"{setting} > 0 needs the whole policy on each process, got FSDP or DeepSpeed ZeRO-3, which shard it. Use DDP or "
-                    "ZeRO-2, or train an adapter (PEFT)."
-                )
+            check_gathers(self.accelerator, self.args.ds3_gather_for_generation, f"{setting} > 0")
+            check_second_models(self.accelerator, self.args)
 
     def _set_up_expert(self, expert_model, expert_processing_class) -> None:
         args = self.args
@@ -243,9 +239,11 @@ class SelectiveGuidanceGRPOTrainer(GRPOTrainer):
             del source["init_kwargs"]  # refused, since nothing is loaded with them
             tokenizer = expert_processing_class or (load_adapter_tokenizer(adapter, **source) if adapter else None)
         else:
-            self.expert_model = load_expert(
-                expert_model, self.accelerator.device, **source, offload=args.expert_model_offload
-            )
+            check_whole(self.accelerator, expert_model)
+            with loading_whole(self.accelerator):
+                self.expert_model = load_expert(
+                    expert_model, self.accelerator.device, **source, offload=args.expert_model_offload
+                )
             tokenizer = expert_processing_class or load_expert_tokenizer(self.expert_model, **source)
         self._shared_vocab_size = check_expert(self.expert_model, tokenizer, self._tokenizer, self.eos_token_ids)
 
@@ -421,15 +419,8 @@ class SelectiveGuidanceGRPOTrainer(GRPOTrainer):
         return is_generate and self.args.mixture_policy == "current"
 
     def _sample_guided(self, prompt_ids: list[list[int]], is_guided: list[bool] | None = None) -> GuidedRollout:
-        """Mixed-policy rollouts of the current policy, which is sampled in the mode and with the weights that TRL samples it."""
-        options = {"gather_deepspeed3_params": self.args.ds3_gather_for_generation}
-        if "gradient_checkpointing_kwargs" in inspect.signature(unwrap_model_for_generation).parameters:  # TRL >= 1.16
-            options["gradient_checkpointing_kwargs"] = self.args.gradient_checkpointing_kwargs
-        with (
-            unwrap_model_for_generation(self.model_wrapped, self.accelerator, **options) as policy,
-            self._dist.summon_full_params(self.model_wrapped, recurse=False),
-            self._expert_at_hand(),
-        ):
+        """Mixed-policy rollouts of the current policy."""
+        with self.whole_policy() as policy, self._expert_at_hand():
             if self.args.mixture_policy == "current":
                 self._sampler.policy = policy
             return self._sampler.sample(
@@ -440,6 +431,19 @@ class SelectiveGuidanceGRPOTrainer(GRPOTrainer):
                 temperature=self.temperature,
                 is_guided=is_guided,
             )
+
+    @contextmanager
+    def whole_policy(self) -> Iterator[PreTrainedModel]:
+        """The policy in the mode and with the weights that TRL samples it, all of them on every process, however it is sharded: a forward in here
+        waits for no other process, but all processes enter and leave together. For callbacks, too."""
+        options = {"gather_deepspeed3_params": self.args.ds3_gather_for_generation}
+        if "gradient_checkpointing_kwargs" in inspect.signature(unwrap_model_for_generation).parameters:  # TRL >= 1.16
+            options["gradient_checkpointing_kwargs"] = self.args.gradient_checkpointing_kwargs
+        with (
+            unwrap_model_for_generation(self.model_wrapped, self.accelerator, **options) as policy,
+            unsharded(policy, self.accelerator),
+        ):
+            yield policy
 
     # ---- Injected completions ----------------------------------------------------------------------------------------------------------
 
@@ -502,7 +506,7 @@ class SelectiveGuidanceGRPOTrainer(GRPOTrainer):
                     self._pending_extra_logs[column][row] = value
         if injection.injected:
             probed = list(injected)[:NUM_PROBED]
-            self._last_injected = [(prompt_ids[row], completion_ids[row]) for row in probed]
+            self._last_injected = [prompt_ids[row] for row in probed], [completion_ids[row] for row in probed]
         self._metrics["train"]["guidance/selection_time"].append(time.perf_counter() - started)
         return completion_ids, completions, logprobs
 
@@ -544,7 +548,11 @@ class SelectiveGuidanceGRPOTrainer(GRPOTrainer):
         return [{"role": "assistant", "content": self._tokenizer.decode(token_ids, skip_special_tokens=True)}]
 
     def _policy_logps(self, prompt_ids, completion_ids) -> list[torch.Tensor]:
-        """log pi_theta of each token of given completions, without dropout, as the loss computes it otherwise."""
+        """log pi_theta of each token of given completions, without dropout, as the loss computes it otherwise. All processes call it together,
+        each with rows of its own, or none."""
+        if not prompt_ids:
+            with self.whole_policy():
+                return []
         prompts, completions = ([torch.tensor(ids) for ids in rows] for rows in (prompt_ids, completion_ids))
         parts = []
         for texts, side in ((prompts, "left"), (completions, "right")):
@@ -555,7 +563,7 @@ class SelectiveGuidanceGRPOTrainer(GRPOTrainer):
         input_ids, attention_mask = (
             torch.cat(part, dim=1).to(self.accelerator.device) for part in zip(*parts, strict=True)
         )
-        with torch.no_grad(), evaluation_mode(self.model):
+        with self.whole_policy(), torch.no_grad(), evaluation_mode(self.model):
             logps, _, _ = self._get_per_token_logps_and_entropies(
                 self.model,
                 input_ids,
@@ -569,7 +577,7 @@ class SelectiveGuidanceGRPOTrainer(GRPOTrainer):
         """What the update has made of the completions that were injected before it: their log-probability now."""
         last, self._last_injected = self._last_injected, None
         if last is not None:
-            logps = torch.cat(self._policy_logps(*zip(*last, strict=True))) if last else torch.zeros(0)
+            logps = torch.cat([torch.zeros(0), *self._policy_logps(*last)])
             sums = torch.tensor([logps.double().sum(), logps.numel()], dtype=torch.float64)
             total, count = self._sum_over_processes(sums).tolist()
             self._metrics["train"]["guidance/injection/logp_after"].append(total / count)

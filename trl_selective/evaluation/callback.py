@@ -2,6 +2,7 @@
 
 import math
 from collections.abc import Callable, Hashable, Sequence
+from contextlib import nullcontext
 from typing import Any
 
 from datasets import Dataset
@@ -9,6 +10,7 @@ from transformers import Trainer, TrainerCallback
 
 from trl_selective.evaluation.in_memory import Evaluation, evaluate
 from trl_selective.functional.diversity import distinct_n, pairwise_overlap
+from trl_selective.sharding import check_gathers, is_sharded
 
 
 class PassAtKCallback(TrainerCallback):
@@ -35,7 +37,7 @@ class PassAtKCallback(TrainerCallback):
         answer_key: right answers with equal keys count as the same.
 
     Raises:
-        ValueError: if parameters are sharded over processes, so that one alone cannot sample, or if it would never run.
+        ValueError: if parameters are sharded over processes and cannot be put together for it, or if it would never run.
 
     Example:
         >>> trainer.add_callback(PassAtKCallback(trainer, heldout, path_reward, num_samples=8, every_n_steps=10))
@@ -84,17 +86,23 @@ class PassAtKCallback(TrainerCallback):
             self._run(args, state, control)
 
     def _run(self, args, state, control) -> None:
-        if not state.is_world_process_zero:
-            return
-        model = self.trainer.accelerator.unwrap_model(self.trainer.model)
-        tokenizer = self.trainer.processing_class
-        result = evaluate(model, tokenizer, self.dataset, self.reward_func, description=None, **self.settings)
+        with self._policy() as model:
+            if not state.is_world_process_zero:
+                return
+            tokenizer = self.trainer.processing_class
+            result = evaluate(model, tokenizer, self.dataset, self.reward_func, description=None, **self.settings)
         metrics = as_metrics(result)
         # Not `trainer.log`: that of GRPO would end the averages over `logging_steps` that it is collecting.
         state.log_history.append({**metrics, "step": state.global_step})
         is_due = control.should_log  # the handler takes ours for the trainer's own
         self.trainer.callback_handler.on_log(args, state, control, metrics)
         control.should_log = is_due
+
+    def _policy(self):
+        """The policy, all of it; where each process has a part, they put it together."""
+        if is_sharded(self.trainer.accelerator):
+            return self.trainer.whole_policy()
+        return nullcontext(self.trainer.accelerator.unwrap_model(self.trainer.model))
 
 
 def as_metrics(result: Evaluation) -> dict[str, float]:
@@ -114,11 +122,12 @@ def _mean(values: list[float]) -> float:
 
 
 def _check(trainer: Trainer, every_n_steps: int | None) -> None:
-    plugin = getattr(trainer.accelerator.state, "deepspeed_plugin", None)
-    if trainer.is_fsdp_enabled or (plugin is not None and plugin.zero_stage == 3):
+    check_gathers(trainer.accelerator, trainer.args.ds3_gather_for_generation, "PassAtKCallback")
+    if is_sharded(trainer.accelerator) and not hasattr(trainer, "whole_policy"):
         raise ValueError(
-            "PassAtKCallback samples on the main process alone, which has only its share of the parameters under FSDP or ZeRO-3. Train with DDP "
-            "or ZeRO-2, or evaluate checkpoints with recipes/evaluate.py."
+            f"PassAtKCallback samples on the main process alone, which has only its share of the parameters under FSDP2 or ZeRO-3, and a "
+            f"{type(trainer).__name__} cannot put them together. Use SelectiveGuidanceGRPOTrainer, which is GRPOTrainer while its guidance is off, "
+            "or DDP or ZeRO-2, or evaluate checkpoints with recipes/evaluate.py."
         )
     if every_n_steps is not None and every_n_steps < 1:
         raise ValueError(

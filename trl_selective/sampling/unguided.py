@@ -79,7 +79,10 @@ def sample_completions(
         pad_token_id=pad_token_id,
     )
     with _replaced_generation_config(model, settings):
-        output = model.generate(input_ids=input_ids, attention_mask=mask, logits_processor=processors)
+        # This process alone, whatever others do: Transformers would let them keep step where a model is sharded.
+        output = model.generate(
+            input_ids=input_ids, attention_mask=mask, logits_processor=processors, synced_gpus=False
+        )
     return [_up_to_end(ids, eos_token_ids) for ids in output[:, input_ids.size(1) :].tolist()]
 
 
