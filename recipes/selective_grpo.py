@@ -132,13 +132,17 @@ def as_prompt(row: dict, arguments: ScriptArguments) -> str | list[dict]:
     return [{"role": "system", "content": arguments.system_prompt}, {"role": "user", "content": prompt}]
 
 
-def load_tokenizer(arguments: ScriptArguments, model: ModelConfig) -> PreTrainedTokenizerBase | None:
+def load_tokenizer(
+    arguments: ScriptArguments, model: ModelConfig, trust_remote_code: bool = False
+) -> PreTrainedTokenizerBase | None:
     """The policy's tokenizer, if it is another one or has another end token; None leaves loading it to the trainer."""
     if arguments.eos_token is None and arguments.tokenizer_name_or_path is None:
         return None
     name = arguments.tokenizer_name_or_path or model.model_name_or_path
     revision = model.model_revision if name == model.model_name_or_path else None
-    tokenizer = AutoTokenizer.from_pretrained(name, revision=revision, padding_side="left")
+    tokenizer = AutoTokenizer.from_pretrained(
+        name, revision=revision, padding_side="left", trust_remote_code=trust_remote_code
+    )
     if arguments.eos_token is None:
         return tokenizer
     if arguments.eos_token not in tokenizer.get_vocab():
@@ -174,7 +178,7 @@ def make_trainer(
         args=args,
         train_dataset=train_dataset,
         eval_dataset=eval_dataset,
-        processing_class=load_tokenizer(arguments, model),
+        processing_class=load_tokenizer(arguments, model, args.trust_remote_code),
         peft_config=get_peft_config(model),
         quantization_config=get_quantization_config(model),
     )

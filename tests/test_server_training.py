@@ -170,7 +170,7 @@ def test_a_server_that_dies_stops_training_which_resumes_as_if_nothing_had_been(
     trainer = server_trainer(tmp_path / "broken", endpoint, init={"callbacks": [Breakdown(endpoint)]}, **run)
     message = (
         rf"The expert '{NAME}' behind {re.escape(endpoint.url)} does not answer as it should: APIConnectionError: Connection error. .*"
-        rf"expert_model_server_patience=0.5 seconds.* Training has stopped\. Once the server is back, start it from its last checkpoint, "
+        rf"expert_model_server_patience=0.5 seconds[^\n]*\nTraining has stopped at step 2\. Once this is mended, start it from its last checkpoint, "
         rf"{tmp_path}/broken/checkpoint-2, with resume_from_checkpoint=True"
     )
     started = time.monotonic()
@@ -192,7 +192,7 @@ def test_a_server_that_dies_stops_training_which_resumes_as_if_nothing_had_been(
 def test_without_a_checkpoint_training_starts_again(tmp_path, endpoint):
     trainer = server_trainer(tmp_path, endpoint, **TOO_FEW)
     endpoint.trouble = lambda number, headers: (400, {}, "{}")
-    with pytest.raises(ExpertServerError, match="start it again: no checkpoint was saved yet"):
+    with pytest.raises(ExpertServerError, match="Once this is mended, start it again: there is no checkpoint"):
         trainer.train()
 
 

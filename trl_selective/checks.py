@@ -174,3 +174,21 @@ def check_scored(logps: Sequence[Tensor], prompts: Sequence[Any]) -> None:
                 "expected a finite number: injection_correction divides by its probability. Look for NaN or inf in the expert's weights, leave "
                 "the completion out, or use injection_correction='policy_shaping'."
             )
+
+
+def check_model_rewards(rewards: Tensor, name: str) -> None:
+    """Refuse what a reward model gives if it is no number. (Functions are watched as they are called, and may give None.)
+
+    Args:
+        rewards: (rows of all processes,), so that all of them stop together.
+        name: of the model.
+
+    Raises:
+        ValueError: naming model and row.
+    """
+    if not rewards.isfinite().all():
+        row = int((~rewards.isfinite()).nonzero()[0])
+        raise ValueError(
+            f"The reward model {name!r} gives row {row} of the batch the reward {rewards[row].item()}, expected a finite number. Look for NaN or "
+            "inf in its weights, or float16 overflow (load it in bfloat16 or float32)."
+        )
