@@ -22,6 +22,7 @@ from typing import Any
 
 import torch
 from evaluation_problems import ProblemArguments, SamplingArguments, load_tasks, setting
+from safetensors import SafetensorError
 from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
 from trl import TrlParser
 
@@ -98,7 +99,7 @@ def load_model(model: ModelArguments, dtype: str) -> PreTrainedModel:
             trust_remote_code=False,
             use_safetensors=True,
         )
-    except OSError as error:
+    except (OSError, SafetensorError) as error:
         raise ValueError(
             f"model_name_or_path: expected a model with weights in safetensors, got {model.model_name_or_path!r}. Older ones can be written anew: "
             f"`AutoModelForCausalLM.from_pretrained(old).save_pretrained(new)`. {error}"

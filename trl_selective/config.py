@@ -338,6 +338,10 @@ class SelectiveGuidanceGRPOConfig(GRPOConfig):
         explicit = self._fill_unset()
         self._check_values()
         super().__post_init__()
+        if not isinstance(self.expert_model_init_kwargs, dict | None):  # which was JSON until now
+            raise ValueError(
+                f"expert_model_init_kwargs must be a dict, or one as JSON, such as {{'dtype': 'float32'}}, got {self.expert_model_init_kwargs!r}."
+            )
         if self.num_guided_generations or self.num_injected_completions:
             self._check_groups()
             self._check_combinations()
@@ -413,10 +417,6 @@ class SelectiveGuidanceGRPOConfig(GRPOConfig):
             for name in names:
                 if not isinstance(getattr(self, name), kind | None):
                     raise ValueError(f"{name} must be {expected}, got {getattr(self, name)!r}.")
-        if not isinstance(self.expert_model_init_kwargs, dict | None):
-            raise ValueError(
-                f"expert_model_init_kwargs must be a dict, or one as JSON, got {self.expert_model_init_kwargs!r}. Such as {{'dtype': 'float32'}}."
-            )
         make_trigger(self.injection_trigger, self.injection_threshold, self.injection_probability)
         make_selector(self.injection_selector)
 

@@ -33,6 +33,7 @@ from trl_selective.checks import (
     check_expert_argument,
     check_generation_config,
     check_model_rewards,
+    check_prompts,
     check_scored,
     check_shared_base,
     refuse_update,
@@ -168,6 +169,10 @@ class SelectiveGuidanceGRPOTrainer(GRPOTrainer):
         self._last_injected: list[tuple] | None = None  # prompts and completions, until the policy was updated
         self._logged_batch: LoggedBatch | None = None  # the last one, until it was written
         self._check_policy()
+        if self._settings_in_use():
+            check_prompts(
+                self.train_dataset, self._tokenizer, bool(self.chat_template or self._tokenizer.chat_template)
+            )
         if needs_expert:
             self._set_up_expert(expert_model, expert_processing_class)
         if self.num_guided_generations:
@@ -386,7 +391,7 @@ class SelectiveGuidanceGRPOTrainer(GRPOTrainer):
         threshold = 0.0 if self.args.guidance_weighting == "constant" else self._threshold.measure()
         if threshold is not None:
             self._metrics["train"]["guidance/entropy_threshold"].append(threshold)
-        elif self.state.global_step > 0:
+        elif self.state.global_step > 0 and self.args.mask_truncated_completions:
             warnings.warn(
                 "Guidance cannot start: no on-policy token was left to measure the entropy threshold on, since "
                 "mask_truncated_completions masks completions that do not end. Set entropy_threshold_init, raise max_completion_length, "
@@ -853,17 +858,20 @@ class SelectiveGuidanceGRPOTrainer(GRPOTrainer):
 
     def train(self, resume_from_checkpoint: str | bool | None = None, *args, **kwargs):
         """As [`~transformers.Trainer.train`], but `resume_from_checkpoint=True` goes on from the last checkpoint that was written to its
-        end, and one that was not is refused. An error says where to go on. Leaves `training_dynamics.png` in the output folder, where matplotlib
-        is installed."""
+        end, and one that was not is refused. Leaves `training_dynamics.png` in the output folder, where matplotlib is installed."""
         resume_from_checkpoint = checkpoint_to_resume(resume_from_checkpoint, self.args.output_dir)
-        try:
-            output = super().train(resume_from_checkpoint, *args, **kwargs)
-        except Exception as error:
-            error.add_note(way_on(self.args.output_dir, self.state.global_step))
-            raise
+        output = super().train(resume_from_checkpoint, *args, **kwargs)
         if self.is_world_process_zero() and (problem := self._save_picture()):
             logger.warning("No picture of the training dynamics: %s", problem)
         return output
+
+    def training_step(self, *args, **kwargs):
+        """One micro-batch: rollouts, rewards, loss. What goes wrong in it says where to go on."""
+        try:
+            return super().training_step(*args, **kwargs)
+        except Exception as error:
+            error.add_note(way_on(self.args.output_dir, self.state.global_step))
+            raise
 
     def _save_rng_state(self, output_dir):
         super()._save_rng_state(output_dir)

@@ -67,7 +67,7 @@ OF_GUIDANCE: Rows = [
     ({"importance_sampling_level": "sequence", "guided_importance_correction": "token_mask"}, "importance_sampling_level='sequence' has one ratio per completion, but guided_importance_correction='token_mask' weighs single tokens. Use 'sequence_truncate' or 'sequence_mask', or importance_sampling_level='token'."),
     ({"mixture_policy": "initial", "guided_importance_correction": "token_truncate"}, "guided_importance_correction='token_truncate' needs the probabilities of the current policy, but with mixture_policy='initial' the sampler sees only those of the initial one. Use mixture_policy='current' or 'none'."),
     ({"expert_model_offload": "yes"}, "expert_model_offload must be True or False, got 'yes'."),
-    ({"expert_model_init_kwargs": "float32"}, "expert_model_init_kwargs must be a dict, or one as JSON, got 'float32'. Such as {'dtype': 'float32'}."),
+    ({"expert_model_init_kwargs": "float32"}, "expert_model_init_kwargs must be a dict, or one as JSON, such as {'dtype': 'float32'}, got 'float32'."),
     ({"temperature": 0.0}, "temperature must be positive and finite, got 0: rollouts of a group would all be the same, or none at all. Set it to 1.0, TRL's default."),
     ({"temperature": NAN}, "temperature must be positive and finite, got nan: rollouts of a group would all be the same, or none at all. Set it to 1.0, TRL's default."),
     ({"max_completion_length": 0}, "Guidance needs a bound on lengths, got max_completion_length=0. Set it to the longest completion, in tokens."),

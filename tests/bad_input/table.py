@@ -2,12 +2,17 @@
 
 from pathlib import Path
 
-from tests.bad_input import rewards, settings
+from tests.bad_input import checkpoints, command_line, datasets, models, rewards, servers, settings
 from tests.bad_input.case import Case
 
 PAGE = Path(__file__).parents[2] / "ERRORS.md"
 
 SECTIONS: dict[str, tuple[str, list[Case]]] = {
     **settings.SECTIONS,
+    **command_line.SECTIONS,
+    **datasets.SECTIONS,
+    **models.SECTIONS,
+    **servers.SECTIONS,
     **rewards.SECTIONS,
+    **checkpoints.SECTIONS,
 }

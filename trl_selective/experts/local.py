@@ -12,6 +12,7 @@ from typing import Any, TypeAlias
 
 import torch
 from peft import PeftModel
+from safetensors import SafetensorError
 from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
 
 Expert: TypeAlias = PreTrainedModel | PeftModel
@@ -48,7 +49,7 @@ def load_expert(
             kwargs.setdefault("dtype", torch.float32 if device.type == "cpu" else torch.bfloat16)
         try:
             expert = AutoModelForCausalLM.from_pretrained(expert, revision=revision, **kwargs)
-        except OSError as error:
+        except (OSError, SafetensorError) as error:
             raise ValueError(
                 f"The expert {str(expert)!r} could not be loaded. Expected a Hub id, a folder with a model, or a model; its weights in safetensors, "
                 "into which `save_pretrained` puts older ones (or set use_safetensors to False in expert_model_init_kwargs, if you trust them). "
