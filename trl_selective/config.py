@@ -94,6 +94,16 @@ def _without_secrets(address: SplitResult) -> str:
     return address._replace(netloc=address.netloc.rpartition("@")[2], query="").geturl()
 
 
+def _without_tokens(settings: dict[str, Any]) -> dict[str, Any]:
+    """Settings, without the keys for a Hub that are among the arguments of `from_pretrained`."""
+    arguments = {name: settings[name] for name in ("model_init_kwargs", "expert_model_init_kwargs")}
+    return settings | {
+        name: {key: value for key, value in given.items() if key != "token"}
+        for name, given in arguments.items()
+        if isinstance(given, dict)
+    }
+
+
 def _is_address(address: SplitResult) -> bool:
     """Whether it is one of HTTP, with no place for a key in it."""
     try:
@@ -355,11 +365,17 @@ class SelectiveGuidanceGRPOConfig(GRPOConfig):
 
     def __getstate__(self) -> dict[str, Any]:
         """Copies and pickles carry no key: the trainer saves the arguments beside the model, and pushes that folder to the Hub."""
-        state = {**self.__dict__, "hub_token": None}
-        for name in ("model_init_kwargs", "expert_model_init_kwargs"):
-            if isinstance(state[name], dict):
-                state[name] = {key: value for key, value in state[name].items() if key != "token"}
-        return state
+        return _without_tokens({**self.__dict__, "hub_token": None})
+
+    def to_dict(self) -> dict[str, Any]:
+        """What trackers are told: Transformers masks `hub_token` alone."""
+        return _without_tokens(super().to_dict())
+
+    def __str__(self) -> str:
+        settings = "".join(f"{name}={value!r},\n" for name, value in sorted(self.to_dict().items()))
+        return f"{type(self).__name__}(\n{settings})"
+
+    __repr__ = __str__  # a dataclass would show everything
 
     def _fill_unset(self) -> set[str]:
         """Fill what is None from the preset, then from the defaults. Returns the names that the user set."""
