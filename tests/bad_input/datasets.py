@@ -175,7 +175,7 @@ SECTIONS = {
             logprobs("`None`, and no expert model that could score", None, "Row 2, completion 0 has no log-probabilities in 'logps', which injection_correction weighs it by. Give them, leave the completion out, or give the trainer an `expert_model` that scores it."),
             sources("too few names", ["a"], "Row 2 has 1 entries in 'by', expected one for each of its 2 completions."),
             sources("too many names", ["a", "b", "c"], "Row 2 has 3 entries in 'by', expected one for each of its 2 completions."),
-            sources("numbers", [3, 4], "Row 2 has 1 entries in 'by', expected one for each of its 2 completions."),
+            sources("numbers", [3, 4], "Row 2, completion 0 has the source 3 in 'by', expected a name or None."),
         ],
     ),
 }  # fmt: skip

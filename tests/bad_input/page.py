@@ -7,8 +7,7 @@ HEAD = """# What goes wrong, and what it says
 <!-- Written by `python -m tests.bad_input --write` from the table in tests/bad_input/, every row of which runs as a test. -->
 
 {number} kinds of bad input, each with what comes of it. An error says what it got, what it expected, and the way out; nothing falls back silently
-to plain GRPO. `…` stands for what differs from one machine to the next. Where a run with guidance stops in the middle, the error ends with where
-to go on.
+to plain GRPO. `…` stands for what differs from one machine to the next. Where a run stops in the middle, the error ends with where to go on.
 
 | | |
 |---|---|

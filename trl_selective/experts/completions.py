@@ -219,7 +219,8 @@ class CompletionReader:
         value = None if column is None else row[column]
         if value is None:
             return [None] * number
-        if isinstance(value, str) or (isinstance(value, Sequence) and value and isinstance(value[0], (int, float))):
+        is_numbers = isinstance(value, Sequence) and bool(value) and isinstance(value[0], (int, float))
+        if isinstance(value, str) or (is_numbers and column == self.logprobs_column):
             value = [value]  # that of a single completion
         if not isinstance(value, Sequence) or len(value) != number:
             size = f"{len(value)} entries" if isinstance(value, Sequence) else repr(value)
