@@ -73,9 +73,11 @@ def load_tokenizer(arguments: ModelArguments) -> PreTrainedTokenizerBase:
     adapter = adapter_config(name, revision)
     try:
         tokenizer = AutoTokenizer.from_pretrained(name, revision=revision, trust_remote_code=False)
-    except (OSError, ValueError):  # an adapter without one has its base model's
+    except (OSError, ValueError) as error:  # an adapter without one has its base model's
         if adapter is None:
-            raise
+            raise ValueError(
+                f"model_name_or_path: no tokenizer of {name!r} can be loaded. Expected a Hub id, or a folder with a model and its tokenizer. {error}"
+            ) from error
         base = adapter.base_model_name_or_path
         tokenizer = AutoTokenizer.from_pretrained(base, revision=adapter.revision, trust_remote_code=False)
     if arguments.eos_token is not None:

@@ -2,7 +2,7 @@
 
 from pathlib import Path
 
-from tests.bad_input import checkpoints, command_line, datasets, models, rewards, servers, settings
+from tests.bad_input import checkpoints, command_line, datasets, models, rewards, scripts, servers, settings
 from tests.bad_input.case import Case
 
 PAGE = Path(__file__).parents[2] / "ERRORS.md"
@@ -15,4 +15,5 @@ SECTIONS: dict[str, tuple[str, list[Case]]] = {
     **servers.SECTIONS,
     **rewards.SECTIONS,
     **checkpoints.SECTIONS,
+    **scripts.SECTIONS,
 }
