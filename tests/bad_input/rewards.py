@@ -78,9 +78,11 @@ def refused(given: str, answer: Callable[[list], Any], says: str) -> Case:
     )
 
 
-def handled(given: str, answer: Callable[[list], Any], says: str) -> Case:
+def handled(given: str, says: str, *answers: Callable[[list], Any]) -> Case:
+    """One reward function for each answer."""
+
     def cause(folder: Path) -> None:
-        trainer = train(folder, returning(answer))
+        trainer = train(folder, [returning(answer) for answer in answers])
         assert trainer.state.log_history[0]["rewards/my_reward/mean"] > 0
         assert trainer.state.log_history[0]["grad_norm"] > 0
 
@@ -204,7 +206,7 @@ SECTIONS = {
                   f"the judge is down\nIt was raised by the reward function 'my_reward'.\n{ANEW}", ConnectionError),
             refused("one without a `return`", lambda completions: None, f"None of type NoneType for 16 completions. {LIST}"),
             refused("one number for all", lambda completions: 1.0, f"1.0 of type float for 16 completions. {LIST}"),
-            refused("a dict", lambda completions: dict.fromkeys(completions, 1.0), f"{{…}} of type dict for 16 completions. {LIST}".replace("…}", "…")),
+            refused("a dict", lambda completions: dict.fromkeys(completions, 1.0), f"… of type dict for 16 completions. {LIST}"),
             refused("a text", lambda completions: "1" * len(completions), f"'1111111111111111' of type str for 16 completions. {LIST}"),
             refused("too few rewards", lambda completions: [1.0], f"1 rewards for 16 completions. {ONE_EACH}"),
             refused("too many rewards", lambda completions: [1.0] * 17, f"17 rewards for 16 completions. {ONE_EACH}"),
@@ -221,9 +223,11 @@ SECTIONS = {
                   f"overflow (load it in bfloat16 or float32).\n{ANEW}"),
             Warned("`None` for all completions", leaves_all_out,
                    "…All reward functions returned None for the following kwargs:\n…\nPlease ensure that at least one reward function returns a valid reward."),
-            handled("`None` for some", lambda completions: [None, *length_reward(completions[1:])], "Those rows are left out: no advantage, no part of the baseline."),
-            handled("a tuple, an array, a tensor or a generator", lambda completions: tuple(np.array(length_reward(completions), np.float32)),
-                    "It is read as a list."),
+            handled("`None` for some", "Those rows are left out: no advantage, no part of the baseline.",
+                    lambda completions: [None, *length_reward(completions[1:])]),
+            handled("a tuple, an array, a tensor or a generator", "It is read as a list.",
+                    lambda completions: tuple(length_reward(completions)), lambda completions: np.array(length_reward(completions), np.float32),
+                    lambda completions: torch.tensor(length_reward(completions)), lambda completions: iter(length_reward(completions))),
             Handled("one that asks a judge who does not answer", is_awaited_for_a_while,
                     "With `await asyncio.wait_for(judge(completion), timeout=10)` in an `async` reward function, and `except TimeoutError: return None`, the row "
                     "is left out."),
