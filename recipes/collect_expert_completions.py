@@ -77,7 +77,8 @@ def local_source(script: ScriptArguments, arguments: CollectArguments, sampling:
         load_expert_tokenizer(model),
         Path(name).resolve().name if Path(name).exists() else name,  # a folder of this machine says nothing elsewhere
         sampling,
-        policy_tokenizer=load_tokenizer(script, policy) or AutoTokenizer.from_pretrained(policy.model_name_or_path),
+        policy_tokenizer=load_tokenizer(script, policy)
+        or AutoTokenizer.from_pretrained(policy.model_name_or_path, trust_remote_code=False),
         batch_size=arguments.batch_size,
     )
 

@@ -186,13 +186,15 @@ def find_config(name: str) -> tuple[PreTrainedConfig, str]:
         ValueError: if there is none.
     """
     try:
-        return AutoConfig.from_pretrained(name, local_files_only=True), "its config on this machine"
+        return AutoConfig.from_pretrained(
+            name, local_files_only=True, trust_remote_code=False
+        ), "its config on this machine"
     except (OSError, ValueError):
         facts = dict(yaml.safe_load(ARCHITECTURES.read_text())).get(name)
     if facts is not None:
         return AutoConfig.for_model(**facts), ARCHITECTURES.name
     try:
-        return AutoConfig.from_pretrained(name), "the Hub"
+        return AutoConfig.from_pretrained(name, trust_remote_code=False), "the Hub"
     except (OSError, ValueError) as error:
         raise ValueError(
             f"The config of {name!r} is neither on this machine nor in {ARCHITECTURES.name} nor on a Hub that can be reached: memory cannot be "

@@ -22,7 +22,8 @@ from typing import Any
 
 import torch
 from evaluation_problems import ProblemArguments, SamplingArguments, load_tasks, setting
-from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedTokenizerBase
+from safetensors import SafetensorError
+from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
 from trl import TrlParser
 
 from trl_selective.evaluation import (
@@ -71,11 +72,14 @@ def load_tokenizer(arguments: ModelArguments) -> PreTrainedTokenizerBase:
     name, revision = arguments.model_name_or_path, arguments.model_revision
     adapter = adapter_config(name, revision)
     try:
-        tokenizer = AutoTokenizer.from_pretrained(name, revision=revision)
-    except (OSError, ValueError):  # an adapter without one has its base model's
+        tokenizer = AutoTokenizer.from_pretrained(name, revision=revision, trust_remote_code=False)
+    except (OSError, ValueError) as error:  # an adapter without one has its base model's
         if adapter is None:
-            raise
-        tokenizer = AutoTokenizer.from_pretrained(adapter.base_model_name_or_path, revision=adapter.revision)
+            raise ValueError(
+                f"model_name_or_path: no tokenizer of {name!r} can be loaded. Expected a Hub id, or a folder with a model and its tokenizer. {error}"
+            ) from error
+        base = adapter.base_model_name_or_path
+        tokenizer = AutoTokenizer.from_pretrained(base, revision=adapter.revision, trust_remote_code=False)
     if arguments.eos_token is not None:
         if arguments.eos_token not in tokenizer.get_vocab():
             raise ValueError(f"eos_token={arguments.eos_token!r} is not in the vocabulary of {name}.")
@@ -87,6 +91,23 @@ def load_tokenizer(arguments: ModelArguments) -> PreTrainedTokenizerBase:
     return tokenizer
 
 
+def load_model(model: ModelArguments, dtype: str) -> PreTrainedModel:
+    try:
+        return AutoModelForCausalLM.from_pretrained(
+            model.model_name_or_path,
+            revision=model.model_revision,
+            dtype=dtype,
+            attn_implementation=model.attn_implementation,
+            trust_remote_code=False,
+            use_safetensors=True,
+        )
+    except (OSError, SafetensorError) as error:
+        raise ValueError(
+            f"model_name_or_path: expected a model with weights in safetensors, got {model.model_name_or_path!r}. Older ones can be written anew: "
+            f"`AutoModelForCausalLM.from_pretrained(old).save_pretrained(new)`. {error}"
+        ) from error
+
+
 def load_backend(model: ModelArguments, run: RunArguments, tokenizer: PreTrainedTokenizerBase) -> Backend:
     device = torch.accelerator.current_accelerator() or torch.device("cpu")
     dtype = model.dtype or ("float32" if device.type == "cpu" else "bfloat16")
@@ -94,13 +115,7 @@ def load_backend(model: ModelArguments, run: RunArguments, tokenizer: PreTrained
         own = run.vllm_init_kwargs
         init_kwargs = {"dtype": dtype, **(json.loads(own) if isinstance(own, str) else own)}
         return VllmBackend(model.model_name_or_path, tokenizer, revision=model.model_revision, init_kwargs=init_kwargs)
-    loaded = AutoModelForCausalLM.from_pretrained(
-        model.model_name_or_path,
-        revision=model.model_revision,
-        dtype=dtype,
-        attn_implementation=model.attn_implementation,
-    )
-    return TransformersBackend(loaded.to(device).eval(), tokenizer, run.batch_size or 64)
+    return TransformersBackend(load_model(model, dtype).to(device).eval(), tokenizer, run.batch_size or 64)
 
 
 def identity(model: ModelArguments) -> dict[str, Any]:

@@ -195,7 +195,7 @@ def token_counter(name: str | None) -> Callable[[str], int]:
         raise ValueError(
             "tokenizer_name_or_path is not set: responses are measured in tokens, name the policy's tokenizer."
         )
-    tokenizer = AutoTokenizer.from_pretrained(name)
+    tokenizer = AutoTokenizer.from_pretrained(name, trust_remote_code=False)
     return lambda text: len(tokenizer(text, add_special_tokens=False).input_ids)
 
 

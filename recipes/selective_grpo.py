@@ -94,7 +94,12 @@ def load_reward(name: str) -> Callable:
             f"reward_funcs: got {name!r}, expected one of {list(REWARD_FUNCS)} or `package.module.function`."
         )
     sys.path.insert(0, os.getcwd())
-    return getattr(importlib.import_module(module), function)
+    try:
+        return getattr(importlib.import_module(module), function)
+    except (AttributeError, ImportError) as error:
+        raise ValueError(
+            f"reward_funcs: {name!r} cannot be imported, {error}. Expected `package.module.function`, here or where Python finds it."
+        ) from error
 
 
 def load_splits(arguments: ScriptArguments) -> DatasetDict:
@@ -132,13 +137,17 @@ def as_prompt(row: dict, arguments: ScriptArguments) -> str | list[dict]:
     return [{"role": "system", "content": arguments.system_prompt}, {"role": "user", "content": prompt}]
 
 
-def load_tokenizer(arguments: ScriptArguments, model: ModelConfig) -> PreTrainedTokenizerBase | None:
+def load_tokenizer(
+    arguments: ScriptArguments, model: ModelConfig, trust_remote_code: bool = False
+) -> PreTrainedTokenizerBase | None:
     """The policy's tokenizer, if it is another one or has another end token; None leaves loading it to the trainer."""
     if arguments.eos_token is None and arguments.tokenizer_name_or_path is None:
         return None
     name = arguments.tokenizer_name_or_path or model.model_name_or_path
     revision = model.model_revision if name == model.model_name_or_path else None
-    tokenizer = AutoTokenizer.from_pretrained(name, revision=revision, padding_side="left")
+    tokenizer = AutoTokenizer.from_pretrained(
+        name, revision=revision, padding_side="left", trust_remote_code=trust_remote_code
+    )
     if arguments.eos_token is None:
         return tokenizer
     if arguments.eos_token not in tokenizer.get_vocab():
@@ -168,16 +177,22 @@ def make_trainer(
     eval_dataset = None
     if args.eval_strategy != "no":
         eval_dataset = choose_split(splits, arguments.dataset_test_split, "dataset_test_split")
-    return SelectiveGuidanceGRPOTrainer(
-        model=model.model_name_or_path,
-        reward_funcs=[load_reward(name) for name in arguments.reward_funcs or ()],
-        args=args,
-        train_dataset=train_dataset,
-        eval_dataset=eval_dataset,
-        processing_class=load_tokenizer(arguments, model),
-        peft_config=get_peft_config(model),
-        quantization_config=get_quantization_config(model),
-    )
+    reward_funcs = [load_reward(name) for name in arguments.reward_funcs or ()]
+    try:
+        return SelectiveGuidanceGRPOTrainer(
+            model=model.model_name_or_path,
+            reward_funcs=reward_funcs,
+            args=args,
+            train_dataset=train_dataset,
+            eval_dataset=eval_dataset,
+            processing_class=load_tokenizer(arguments, model, args.trust_remote_code),
+            peft_config=get_peft_config(model),
+            quantization_config=get_quantization_config(model),
+        )
+    except OSError as error:
+        raise ValueError(
+            f"model_name_or_path: {model.model_name_or_path!r} cannot be loaded, or its tokenizer. Expected a Hub id, or a folder with both. {error}"
+        ) from error
 
 
 def main(

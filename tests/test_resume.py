@@ -7,7 +7,6 @@ import subprocess
 import sys
 import time
 
-import pytest
 import torch
 from safetensors.torch import load_file
 
@@ -71,42 +70,11 @@ def saved(folder, **changes):
     return folder / "checkpoint-1"
 
 
-def test_a_checkpoint_of_plain_grpo_continues_with_guidance(tmp_path):
-    """Users may switch on guidance in the middle of a run."""
-    checkpoint = saved(
-        tmp_path, num_guided_generations=0, guidance_schedule=None, guidance_steps=None, entropy_threshold_init=None
-    )
-    assert not (checkpoint / STATE_FILE).exists()
-    trainer = make_trainer(tmp_path, max_steps=4)
-    with pytest.warns(UserWarning, match="checkpoint-1 has no guidance_state.json: it was written without guidance"):
-        trainer.train(resume_from_checkpoint=str(checkpoint))
-    assert trainer.state.global_step == 4
-    assert trainer._threshold.value > 0
-
-
 def test_a_guided_checkpoint_continues_without_guidance(tmp_path):
     checkpoint = saved(tmp_path)
     trainer = make_trainer(tmp_path, num_guided_generations=0, max_steps=3)
     trainer.train(resume_from_checkpoint=str(checkpoint))
     assert trainer.state.global_step == 3
-
-
-@pytest.mark.parametrize(
-    "damage",
-    [
-        "",
-        "{}",
-        "[]",
-        '{"entropy_threshold": "x", "entropy_counts": {}}',
-        '{"entropy_threshold": 1.0, "entropy_counts": []}',
-        '{"entropy_threshold": 1.0, "entropy_counts": {"99999": 1}}',
-    ],
-)
-def test_a_damaged_state_is_named(tmp_path, damage):
-    checkpoint = saved(tmp_path)
-    (checkpoint / STATE_FILE).write_text(damage)
-    with pytest.raises(ValueError, match=r"guidance_state.json is damaged .*Resume from an earlier checkpoint"):
-        make_trainer(tmp_path, max_steps=3).train(resume_from_checkpoint=str(checkpoint))
 
 
 def test_what_is_pushed_with_a_checkpoint_holds_the_state(tmp_path, monkeypatch):

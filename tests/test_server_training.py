@@ -170,7 +170,7 @@ def test_a_server_that_dies_stops_training_which_resumes_as_if_nothing_had_been(
     trainer = server_trainer(tmp_path / "broken", endpoint, init={"callbacks": [Breakdown(endpoint)]}, **run)
     message = (
         rf"The expert '{NAME}' behind {re.escape(endpoint.url)} does not answer as it should: APIConnectionError: Connection error. .*"
-        rf"expert_model_server_patience=0.5 seconds.* Training has stopped\. Once the server is back, start it from its last checkpoint, "
+        rf"expert_model_server_patience=0.5 seconds[^\n]*\nTraining has stopped at step 2\. Once this is mended, start it from its last checkpoint, "
         rf"{tmp_path}/broken/checkpoint-2, with resume_from_checkpoint=True"
     )
     started = time.monotonic()
@@ -187,13 +187,6 @@ def test_a_server_that_dies_stops_training_which_resumes_as_if_nothing_had_been(
     assert resumed.state.global_step == 3
     assert same_parameters(resumed.model, whole.model)  # the seeds of the requests, too, come out of the checkpoint
     assert not same_parameters(resumed.model, trainer.model)
-
-
-def test_without_a_checkpoint_training_starts_again(tmp_path, endpoint):
-    trainer = server_trainer(tmp_path, endpoint, **TOO_FEW)
-    endpoint.trouble = lambda number, headers: (400, {}, "{}")
-    with pytest.raises(ExpertServerError, match="start it again: no checkpoint was saved yet"):
-        trainer.train()
 
 
 def test_the_key_is_in_nothing_that_is_saved_or_shown(tmp_path, endpoint, monkeypatch, capfd, caplog):
@@ -220,14 +213,6 @@ def test_the_key_is_in_nothing_that_is_saved_or_shown(tmp_path, endpoint, monkey
 
 
 def test_the_expert_is_given_by_name(tmp_path, endpoint, expert):
-    for nobody in (None, "", expert):
-        with pytest.raises(
-            ValueError,
-            match=r"expert_model_server_url='http.*' needs the name under which the server knows the expert, got",
-        ):
-            server_trainer(tmp_path, endpoint, expert_model=nobody)
-    with pytest.raises(ExpertServerError, match=rf"serves \['{NAME}'\], but not 'another'"):
-        server_trainer(tmp_path, endpoint, expert_model="another")
     assert (
         server_trainer(tmp_path, endpoint, expert_model=None, expert_model_name_or_path=NAME).expert_model.name == NAME
     )

@@ -12,12 +12,11 @@ import pytest
 import torch
 from datasets import Dataset
 from peft import LoraConfig, PeftModel, get_peft_model
-from safetensors.torch import load_file, save_file
-from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel
+from safetensors.torch import load_file
+from transformers import AutoModelForCausalLM, PreTrainedModel
 
 from tests.test_trainer import Watched, logged
 from tests.training import (
-    EXPERT,
     INJECTED,
     POLICY,
     QUICKSTART,
@@ -26,7 +25,6 @@ from tests.training import (
     make_trainer,
     path_dataset,
 )
-from trl_selective import SelectiveGuidanceGRPOConfig
 
 LORA = {"r": 4, "target_modules": ["q_proj", "v_proj", "up_proj"], "task_type": "CAUSAL_LM"}
 
@@ -219,58 +217,6 @@ def test_injected_completions_are_scored_by_the_base(tmp_path):
 
 
 # ---- Errors before training ------------------------------------------------------------------------------------------------------------
-
-
-@pytest.mark.parametrize(
-    ("changes", "message"),
-    [
-        ({"init": {"peft_config": None}}, "expert_model_shares_base=True needs a policy that trains an adapter, got one whose own weights.*--use_peft"),
-        ({"expert_model": EXPERT}, "takes an adapter of the policy's base model, got .*expert', where none was found.*leave it unset for the base itself"),
-        ({"lora": {"bias": "all"}}, "The policy's adapter has bias='all', which changes parameters of the base"),
-        ({"lora": {"init_lora_weights": "pissa"}}, "The policy's adapter has init_lora_weights='pissa'"),
-        ({"lora": {"modules_to_save": ["embed_tokens"]}}, r"trains whole modules \(model.embed_tokens.weight\).*Use an adapter without modules_to_save"),
-        ({"expert_model_offload": True}, "expert_model_offload=True would move the base model that the policy needs"),
-        ({"expert_model_init_kwargs": {"dtype": "float16"}}, "says how to load an expert, but with expert_model_shares_base=True"),
-    ],
-)  # fmt: skip
-def test_what_cannot_share_is_refused(tmp_path, changes, message):
-    with pytest.raises(ValueError, match=message):
-        shared(tmp_path, **changes)
-
-
-def test_a_model_has_a_base_of_its_own(tmp_path):
-    expert = AutoModelForCausalLM.from_pretrained(EXPERT)
-    with pytest.raises(ValueError, match=r"takes the folder or Hub id of an adapter, .* got a LlamaForCausalLM"):
-        shared(tmp_path, expert_model=expert)
-
-
-def test_an_adapter_of_another_base_is_named_or_refused(tmp_path):
-    other = save_adapter(tmp_path / "other", model=EXPERT)
-    with pytest.warns(UserWarning, match=r"was made for .*expert', and guides from the base .*policy'"):
-        shared(tmp_path / "out", expert_model=other)
-    elsewhere = save_adapter(tmp_path / "elsewhere", target_modules=["q_proj"], bias="lora_only")
-    with pytest.raises(ValueError, match="The expert's adapter has bias='lora_only'"):
-        shared(tmp_path / "out", expert_model=elsewhere)
-    weights = load_file(tmp_path / "other" / "adapter_model.safetensors")
-    save_file({name: value[:1] for name, value in weights.items()}, tmp_path / "other" / "adapter_model.safetensors")
-    with pytest.raises(ValueError, match=r"does not fit on the policy's base model\. Choose an adapter of that base"):
-        shared(tmp_path / "out", expert_model=other)
-
-
-def test_the_tokenizer_beside_an_adapter_counts(tmp_path):
-    expert = save_adapter(tmp_path / "expert")
-    tokenizer = AutoTokenizer.from_pretrained(POLICY)
-    tokenizer.eos_token = "~"
-    tokenizer.save_pretrained(expert)
-    with pytest.raises(ValueError, match="The expert ends its answers with"):
-        shared(tmp_path / "out", expert_model=expert)
-
-
-def test_without_guidance_it_is_named():
-    with pytest.warns(
-        UserWarning, match="expert_model_shares_base set, but without effect with num_guided_generations=0"
-    ):
-        SelectiveGuidanceGRPOConfig("out", bf16=False, use_cpu=True, expert_model_shares_base=True)
 
 
 # ---- The command line ------------------------------------------------------------------------------------------------------------------

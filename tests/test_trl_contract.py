@@ -9,6 +9,7 @@ import torch
 from trl import GRPOTrainer
 from trl.chat_template_utils import parse_response
 from trl.models.utils import unwrap_model_for_generation
+from trl.trainer.utils import is_async_callable
 
 from tests.training import length_reward, make_plain_trainer
 from trl_selective import SelectiveGuidanceGRPOTrainer
@@ -50,7 +51,7 @@ def test_every_override_exists_in_trl():
     own = {"_settings_in_use", "_needs_expert", "_check_policy", "_set_up_expert", "_expert_behind_server", "_expert_on_base", "_set_up_guidance", "_set_up_injection", "_render", "_initial_policy",
            "_sum_over_processes", "_plan_batch", "_entropy_threshold", "_guidance_coef", "_can_sample_together", "_sample_guided", "whole_policy", "_expert_at_hand", "_inject",
            "_score_completions", "_expert_logps", "_decode", "_policy_logps", "_log_last_injected", "_behaviour_logps", "_log_columns",
-           "_rewards_by_group", "_was_guided", "_apply_guidance", "_label_rows", "_bind_to_policy", "_log_batch",
+           "_rewards", "_rewards_by_group", "_was_guided", "_apply_guidance", "_label_rows", "_bind_to_policy", "_log_batch",
            "_rollout_metrics", "_injection_metrics", "_batch_as_logged", "_training_run", "_save_picture"}  # fmt: skip
     ours = {name for name, value in vars(SelectiveGuidanceGRPOTrainer).items() if inspect.isfunction(value)} - own
     assert not {name for name in ours if not hasattr(GRPOTrainer, name)}
@@ -74,6 +75,7 @@ def test_every_override_exists_in_trl():
         ("temperature", float),
         ("scale_rewards", str),
         ("reward_weights", torch.Tensor),
+        ("reward_funcs", list),
         ("reward_func_names", list),
         ("model_wrapped", object),
         ("use_transformers_continuous_batching", bool),
@@ -90,6 +92,21 @@ def test_the_logs_are_the_last_generation_batch(trainer):
     assert {"prompt", "completion", "rewards", "advantages", "extra"} <= set(trainer._logs)
     assert trainer._logs["prompt"].maxlen == trainer.args.generation_batch_size
     assert trainer.log_completions is False
+
+
+def test_reward_functions_are_called_where_they_stand(trainer):
+    """trainer.py: `_rewards` puts others into `reward_funcs` for one call, and asks TRL which have to be awaited."""
+
+    async def awaited(**columns):
+        return [2.0]
+
+    assert (is_async_callable(awaited), is_async_callable(length_reward)) == (True, False)
+    funcs, trainer.reward_funcs = trainer.reward_funcs, [lambda **columns: [3.0]]
+    try:
+        rewards = trainer._calculate_rewards([{"prompt": "1"}], ["1"], ["2"], [[4]])
+    finally:
+        trainer.reward_funcs = funcs
+    assert rewards.tolist() == [[3.0]]
 
 
 def test_generation_context(trainer):

@@ -89,7 +89,9 @@ def make_trainer(
     init = dict(init or {})
     if getattr(args, "num_guided_generations", 0):
         init["expert_model"] = expert_model
-    trainer = trainer_class(model, reward_funcs, args, train_dataset or path_dataset(), **init)
+    trainer = trainer_class(
+        model, reward_funcs, args, path_dataset() if train_dataset is None else train_dataset, **init
+    )
     if not pictures:  # they take longer than the run
         trainer._save_picture = lambda: None
     return trainer

@@ -73,6 +73,18 @@ def checkpoint_to_resume(resume_from_checkpoint: str | bool | None, output_dir: 
     return True  # there is none, as Transformers will say
 
 
+def way_on(output_dir: str, step: int) -> str:
+    """Where to go on when training has stopped at a step, in words: from the last whole checkpoint, or from the start."""
+    whole = (path for path in _checkpoints(Path(output_dir)) if damage(path) is None)
+    last = next(whole, None)
+    start = (
+        f"from its last checkpoint, {last}, with resume_from_checkpoint=True"
+        if last
+        else "again: there is no checkpoint"
+    )
+    return f"Training has stopped at step {step}. Once this is mended, start it {start}."
+
+
 def _checkpoints(output_dir: Path) -> list[Path]:
     """The last one first."""
     numbered = {

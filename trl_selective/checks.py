@@ -1,12 +1,13 @@
 """What guidance cannot be combined with, beyond single settings (those are checked in `config.py`): models, arguments, generation configs."""
 
 import os
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
+from datasets import Dataset
 from peft import PeftModel
 from torch import Tensor, nn
-from transformers import GenerationConfig
+from transformers import GenerationConfig, PreTrainedTokenizerBase
 
 # Settings of a generation config that change the law of a token or end a completion, beside those that TRL sets itself, with the values
 # at which they do nothing (None always does nothing).
@@ -110,6 +111,39 @@ def check_shared_base(arguments: dict[str, Any], expert_model: Any) -> None:
         )
 
 
+def check_prompts(dataset: Any, tokenizer: PreTrainedTokenizerBase, has_chat_template: bool) -> None:
+    """Look at all prompts before training starts: the last row comes up days later. A stream is left to its batches.
+
+    Raises:
+        ValueError: naming the row and what is wrong with it.
+    """
+    if not isinstance(dataset, Dataset):
+        return
+    if not len(dataset) or "prompt" not in dataset.column_names:
+        raise ValueError(
+            f"train_dataset must have rows, and a column 'prompt', got {len(dataset)} rows with the columns {dataset.column_names}. Rename the "
+            "column with the problems: `dataset.rename_column(..., 'prompt')`."
+        )
+    for row, prompt in enumerate(dataset["prompt"]):
+        if problem := _prompt_problem(prompt, tokenizer, has_chat_template):
+            raise ValueError(f"Row {row} of train_dataset has the prompt {repr(prompt)[:60]}, {problem}")
+
+
+def _prompt_problem(prompt: Any, tokenizer: PreTrainedTokenizerBase, has_chat_template: bool) -> str | None:
+    if isinstance(prompt, str):
+        is_empty = not prompt.strip() and not tokenizer(prompt)["input_ids"]
+        return "which has no token: nothing could follow it. Leave the row out." if is_empty else None
+    if (
+        not isinstance(prompt, Sequence)
+        or not prompt
+        or not all(isinstance(m, Mapping) and m.get("role") for m in prompt)
+    ):
+        return "expected a text, or a conversation such as [{'role': 'user', 'content': 'What is 2 + 2?'}]. Correct it, or leave the row out."
+    if not has_chat_template:
+        return "a conversation, but the tokenizer has no chat template. Pass one that has (tokenizer_name_or_path on the command line), or give texts."
+    return None
+
+
 def check_columns(dataset: Any, columns: list[str]) -> None:
     """Refuse a dataset that lacks a column of expert completions. One that does not say what it has is left to the first batch.
 
@@ -174,3 +208,21 @@ def check_scored(logps: Sequence[Tensor], prompts: Sequence[Any]) -> None:
                 "expected a finite number: injection_correction divides by its probability. Look for NaN or inf in the expert's weights, leave "
                 "the completion out, or use injection_correction='policy_shaping'."
             )
+
+
+def check_model_rewards(rewards: Tensor, name: str) -> None:
+    """Refuse what a reward model gives if it is no number. (Functions are watched as they are called, and may give None.)
+
+    Args:
+        rewards: (rows of all processes,), so that all of them stop together.
+        name: of the model.
+
+    Raises:
+        ValueError: naming model and row.
+    """
+    if not rewards.isfinite().all():
+        row = int((~rewards.isfinite()).nonzero()[0])
+        raise ValueError(
+            f"The reward model {name!r} gives row {row} of the batch the reward {rewards[row].item()}, expected a finite number. Look for NaN or "
+            "inf in its weights, or float16 overflow (load it in bfloat16 or float32)."
+        )

@@ -81,6 +81,8 @@ WHOLE = (
     "max_injected_per_batch",
 )
 MAY_BE_INFINITE = ("guidance_steps", "importance_ratio_max")
+COLUMNS = ("expert_completions_column", "expert_logprobs_column", "expert_sources_column")
+SWITCHES = ("expert_model_offload", "expert_model_shares_base", "first_token_from_expert")
 
 
 def _option(help: str, **kwargs) -> Any:
@@ -90,6 +92,25 @@ def _option(help: str, **kwargs) -> Any:
 def _without_secrets(address: SplitResult) -> str:
     """An address without what may be a key."""
     return address._replace(netloc=address.netloc.rpartition("@")[2], query="").geturl()
+
+
+def _without_tokens(settings: dict[str, Any]) -> dict[str, Any]:
+    """Settings, without the keys for a Hub that are among the arguments of `from_pretrained`."""
+    arguments = {name: settings[name] for name in ("model_init_kwargs", "expert_model_init_kwargs")}
+    return settings | {
+        name: {key: value for key, value in given.items() if key != "token"}
+        for name, given in arguments.items()
+        if isinstance(given, dict)
+    }
+
+
+def _is_address(address: SplitResult) -> bool:
+    """Whether it is one of HTTP, with no place for a key in it."""
+    try:
+        is_whole = address.scheme in ("http", "https") and bool(address.hostname) and address.port != 0
+    except ValueError:  # no number, or too large a one
+        return False
+    return is_whole and not address.query and "@" not in address.netloc
 
 
 @dataclass
@@ -116,7 +137,7 @@ class SelectiveGuidanceGRPOConfig(GRPOConfig):
             Revision of the expert on the Hub.
         expert_model_init_kwargs (`dict[str, Any]`, *optional*):
             Keyword arguments for `AutoModelForCausalLM.from_pretrained` of the expert. `dtype` defaults to bfloat16 on accelerators and to
-            float32 on CPUs.
+            float32 on CPUs, `use_safetensors` to `True`.
         expert_model_offload (`bool`, *optional*, defaults to `False`):
             Keep the expert in main memory while it is not sampling or scoring, so that training has its place on the accelerator.
         expert_model_server_url (`str`, *optional*):
@@ -327,6 +348,10 @@ class SelectiveGuidanceGRPOConfig(GRPOConfig):
         explicit = self._fill_unset()
         self._check_values()
         super().__post_init__()
+        if not isinstance(self.expert_model_init_kwargs, dict | None):  # which was JSON until now
+            raise ValueError(
+                f"expert_model_init_kwargs must be a dict, or one as JSON, such as {{'dtype': 'float32'}}, got {self.expert_model_init_kwargs!r}."
+            )
         if self.num_guided_generations or self.num_injected_completions:
             self._check_groups()
             self._check_combinations()
@@ -340,11 +365,17 @@ class SelectiveGuidanceGRPOConfig(GRPOConfig):
 
     def __getstate__(self) -> dict[str, Any]:
         """Copies and pickles carry no key: the trainer saves the arguments beside the model, and pushes that folder to the Hub."""
-        state = {**self.__dict__, "hub_token": None}
-        for name in ("model_init_kwargs", "expert_model_init_kwargs"):
-            if isinstance(state[name], dict):
-                state[name] = {key: value for key, value in state[name].items() if key != "token"}
-        return state
+        return _without_tokens({**self.__dict__, "hub_token": None})
+
+    def to_dict(self) -> dict[str, Any]:
+        """What trackers are told: Transformers masks `hub_token` alone."""
+        return _without_tokens(super().to_dict())
+
+    def __str__(self) -> str:
+        settings = "".join(f"{name}={value!r},\n" for name, value in sorted(self.to_dict().items()))
+        return f"{type(self).__name__}(\n{settings})"
+
+    __repr__ = __str__  # a dataclass would show everything
 
     def _fill_unset(self) -> set[str]:
         """Fill what is None from the preset, then from the defaults. Returns the names that the user set."""
@@ -395,9 +426,13 @@ class SelectiveGuidanceGRPOConfig(GRPOConfig):
         for name, allowed in choices.items():
             if getattr(self, name) not in list(allowed):  # a dict would ask for a hash
                 raise ValueError(f"{name} must be one of {list(allowed)}, got {getattr(self, name)!r}.")
-        for name in ("injection_trigger", "injection_selector", "expert_completions_column"):
+        for name in ("injection_trigger", "injection_selector"):
             if not isinstance(getattr(self, name), str):
                 raise ValueError(f"{name} must be a name, got {getattr(self, name)!r}. Objects go to the trainer.")
+        for names, kind, expected in ((COLUMNS, str, "the name of a column"), (SWITCHES, bool, "True or False")):
+            for name in names:
+                if not isinstance(getattr(self, name), kind | None):
+                    raise ValueError(f"{name} must be {expected}, got {getattr(self, name)!r}.")
         make_trigger(self.injection_trigger, self.injection_threshold, self.injection_probability)
         make_selector(self.injection_selector)
 
@@ -422,7 +457,7 @@ class SelectiveGuidanceGRPOConfig(GRPOConfig):
             )
             raise ValueError(
                 f"{taken} of num_generations={self.num_generations} leaves {on_policy} on-policy "
-                "rollouts per prompt, but their mean and standard deviation are the baseline: at least 2 are needed. Guide fewer rollouts or "
+                "rollouts per prompt, but their mean and standard deviation are the baseline: at least 2 are needed. Guide or inject fewer, or "
                 "raise num_generations."
             )
         local = self.per_device_train_batch_size * self.steps_per_generation
@@ -449,8 +484,16 @@ class SelectiveGuidanceGRPOConfig(GRPOConfig):
                 f"expert_model_init_kwargs={self.expert_model_init_kwargs!r} says how to load an expert, but with expert_model_shares_base=True it has "
                 "the policy's base model. Use model_init_kwargs, or unset either."
             )
-        if self.max_completion_length is None:
-            raise ValueError("Guidance needs a bound on lengths, got max_completion_length=None. Set it.")
+        if self.max_completion_length is None or self.max_completion_length < 1:
+            raise ValueError(
+                f"Guidance needs a bound on lengths, got max_completion_length={self.max_completion_length}. Set it to the longest completion, in "
+                "tokens."
+            )
+        if not 0 < self.temperature < math.inf:
+            raise ValueError(
+                f"temperature must be positive and finite, got {self.temperature:g}: rollouts of a group would all be the same, or none at all. "
+                "Set it to 1.0, TRL's default."
+            )
 
     def _check_guided(self) -> None:
         truncating = {
@@ -487,8 +530,11 @@ class SelectiveGuidanceGRPOConfig(GRPOConfig):
             )
 
     def _check_server(self) -> None:
-        address = urlsplit(self.expert_model_server_url)
-        if address.scheme not in ("http", "https") or not address.hostname or address.query or "@" in address.netloc:
+        try:
+            address = urlsplit(str(self.expert_model_server_url))
+        except ValueError:
+            address = urlsplit("")
+        if not _is_address(address):
             raise ValueError(
                 f"expert_model_server_url must be an address such as 'http://localhost:8000/v1', got {_without_secrets(address)!r}. A key goes "
                 "into the environment variable OPENAI_API_KEY, where nobody saves it."

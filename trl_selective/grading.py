@@ -1,7 +1,8 @@
-"""Was it right? Reward functions, called as TRL calls them."""
+"""Was it right? Reward functions, called as TRL calls them, and what they may return."""
 
 import math
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from typing import Any
 
 import torch
@@ -9,6 +10,8 @@ import torch
 from trl_selective.functional.advantages import total_reward
 
 OWN_COLUMNS = ("prompt", "completion", "completion_ids")  # which TRL does not pass on from the dataset
+LARGEST = torch.finfo(torch.float32).max  # what becomes of rewards
+PREVIEW = 60  # characters of a value in a message
 
 Conversation = Sequence[Mapping[str, Any]]
 
@@ -46,15 +49,89 @@ def grade(
         completion_ids: its token ids; None where they are not known.
 
     Raises:
-        ValueError: if it returns another number of rewards.
+        ValueError: if it returns anything but a number or None for each.
     """
-    rewards = reward_func(**reward_arguments(batch, texts, completion_ids))
-    if len(rewards) != len(texts):
+    return check_rewards(reward_func(**reward_arguments(batch, texts, completion_ids)), texts, reward_func.__name__)
+
+
+def check_rewards(
+    rewards: Any, completions: Sequence[Any], name: str
+) -> list[Any]:  # a closer type would be checked with random numbers
+    """What a reward function returned, as a list of numbers and None. NaN is refused: TRL could not tell it from None, and a 0 / 0 would pass for a row that was
+    left out on purpose.
+
+    Args:
+        rewards: whatever it returned.
+        completions: which it was asked about.
+        name: of the function.
+
+    Raises:
+        ValueError: naming the function and the completion.
+    """
+    is_list = (
+        hasattr(rewards, "__iter__") and getattr(rewards, "ndim", 1) > 0 and not isinstance(rewards, (str, Mapping))
+    )
+    if not is_list:
         raise ValueError(
-            f"The reward function {reward_func.__name__!r} returned {len(rewards)} rewards for {len(texts)} completions. Have it return one "
+            f"The reward function {name!r} returned {_preview(rewards)} of type {type(rewards).__name__} for {len(completions)} completions. "
+            "Have it return a list with a number for each, None where it does not apply."
+        )
+    rewards = list(rewards)
+    if len(rewards) != len(completions):
+        raise ValueError(
+            f"The reward function {name!r} returned {len(rewards)} rewards for {len(completions)} completions. Have it return one "
             "for each, None where it does not apply."
         )
-    return list(rewards)
+    for number, reward in enumerate(rewards):
+        if reward is not None and not _is_finite(reward):
+            raise ValueError(
+                f"The reward function {name!r} returned {_preview(reward)} for completion {number} of {len(completions)}, "
+                f"{_preview(completions[number])}. Have it return a finite number, or None where it does not apply."
+            )
+    return [None if reward is None else float(reward) for reward in rewards]
+
+
+def watched(reward_func: Callable, name: str, is_async: bool) -> Callable:
+    """A reward function as it is, but that its name is noted on what it raises, and that what it returns is checked.
+
+    Args:
+        reward_func: called with `completions` and other keyword arguments.
+        name: of the function.
+        is_async: whether its result has to be awaited.
+    """
+
+    async def call_async(*, completions, **columns):
+        with _naming(name):
+            rewards = await reward_func(completions=completions, **columns)
+        return check_rewards(rewards, completions, name)
+
+    def call(*, completions, **columns):
+        with _naming(name):
+            rewards = reward_func(completions=completions, **columns)
+        return check_rewards(rewards, completions, name)
+
+    return call_async if is_async else call
+
+
+@contextmanager
+def _naming(name: str) -> Iterator[None]:
+    try:
+        yield
+    except Exception as error:
+        error.add_note(f"It was raised by the reward function {name!r}.")
+        raise
+
+
+def _is_finite(reward: Any) -> bool:
+    try:
+        return math.isfinite(reward) and abs(float(reward)) <= LARGEST
+    except (OverflowError, TypeError, ValueError):
+        return False
+
+
+def _preview(value: Any) -> str:
+    text = repr(value)
+    return text if len(text) <= PREVIEW else f"{text[:PREVIEW]}..."
 
 
 class Verifier:

@@ -5,10 +5,14 @@ steps of its interpreter: they never come while a single step takes for ever, an
 word. Here a timer with the signal's default action ends the process, whatever it does, and the verdict says so.
 
 This file is also the program of those processes (`python -m trl_selective.grading_pool MODULE FUNCTION SECONDS`), so it imports nothing large.
+They get the columns of a row as a pickle, as `multiprocessing` would send them. What comes back is JSON: nothing that has read a model's text is
+unpickled.
 """
 
 import importlib
+import json
 import logging
+import math
 import os
 import pickle
 import queue
@@ -99,7 +103,7 @@ class _Worker:
             pickle.dump(dict(arguments), process.stdin)
             process.stdin.flush()
             return Verdict(self._receive(process), timed_out=False)
-        except (EOFError, BrokenPipeError, pickle.UnpicklingError):  # it was ended, or crashed
+        except (EOFError, BrokenPipeError, json.JSONDecodeError):  # it was ended, or crashed, maybe within its answer
             self.stop()
             return Verdict(None, timed_out=True)
 
@@ -130,7 +134,10 @@ class _Worker:
 
     def _receive(self, process: subprocess.Popen) -> float | None:
         assert process.stdout, "opened as a pipe"
-        reward, failure = pickle.load(process.stdout)
+        line = process.stdout.readline()
+        if not line:
+            raise EOFError
+        reward, failure = json.loads(line)
         if failure:
             raise RuntimeError(f"The reward function {self.name} failed:\n{failure}")
         return reward
@@ -140,7 +147,7 @@ def _serve(module: str, name: str, timeout: float, answers) -> None:
     """Import the function and say so, then answer each call on the standard input, until there are no more."""
 
     def answer(reward: float | None, failure: str | None) -> None:
-        pickle.dump((reward, failure), answers)
+        answers.write(json.dumps([reward, failure]).encode() + b"\n")
         answers.flush()
 
     try:
@@ -164,6 +171,10 @@ def _try(function: Callable, arguments: Mapping[str, Any]) -> tuple[float | None
     """The reward, or why there is none."""
     try:
         (reward,) = function(**arguments)
+        if reward is not None and not math.isfinite(reward):
+            raise ValueError(
+                f"got the reward {reward}, expected a finite number, or None where the function does not apply"
+            )
         return None if reward is None else float(reward), None
     except Exception:  # noqa: BLE001 - all of it goes to the caller, who raises
         return None, traceback.format_exc()

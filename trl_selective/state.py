@@ -29,7 +29,7 @@ def saved_state(folder: Path) -> Iterator[dict[str, Any] | None]:
         yield _read(path) if path.exists() else None
     except (AttributeError, KeyError, TypeError, ValueError) as error:
         raise ValueError(
-            f"{path} is damaged ({error!r}). Resume from an earlier checkpoint, or delete this file to start with a fresh threshold and "
+            f"{path} is damaged, or was written with other settings ({error!r}). Resume from an earlier checkpoint, or delete this file to start with a fresh threshold and "
             "memory."
         ) from error
 

@@ -25,13 +25,16 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from trl import GRPOConfig, GRPOTrainer
 from trl.chat_template_utils import parse_response
 from trl.models.utils import unwrap_model_for_generation
+from trl.trainer.utils import is_async_callable
 
-from trl_selective.checkpoints import checkpoint_to_resume
+from trl_selective.checkpoints import checkpoint_to_resume, way_on
 from trl_selective.checks import (
     check_arguments,
     check_columns,
     check_expert_argument,
     check_generation_config,
+    check_model_rewards,
+    check_prompts,
     check_scored,
     check_shared_base,
     refuse_update,
@@ -48,12 +51,12 @@ from trl_selective.experts import (
     load_adapter_tokenizer,
     load_expert,
     load_expert_tokenizer,
-    naming_last_checkpoint,
     on_device,
     share_base,
 )
 from trl_selective.functional.advantages import mixed_group_advantages, reward_span, total_reward
 from trl_selective.functional.importance import injected_importance_weight
+from trl_selective.grading import watched
 from trl_selective.guided_batch import GuidedBatch
 from trl_selective.injection import Injection, Injector, SampledBatch
 from trl_selective.reporting.card import TrainingRun, add_evaluation, extend_card
@@ -168,6 +171,10 @@ class SelectiveGuidanceGRPOTrainer(GRPOTrainer):
         self._last_injected: tuple[list, list] | None = None  # prompts and completions, until the policy was updated
         self._logged_batch: LoggedBatch | None = None  # the last one, until it was written
         self._check_policy()
+        if self._settings_in_use():
+            check_prompts(
+                self.train_dataset, self._tokenizer, bool(self.chat_template or self._tokenizer.chat_template)
+            )
         if needs_expert:
             self._set_up_expert(expert_model, expert_processing_class)
         if self.num_guided_generations:
@@ -353,10 +360,9 @@ class SelectiveGuidanceGRPOTrainer(GRPOTrainer):
     def _generate_and_score_completions(self, inputs):
         self._batch = self._plan_batch(inputs)
         try:
-            with naming_last_checkpoint(self.args.output_dir):
-                output = super()._generate_and_score_completions(inputs)
-                if self._batch is not None:
-                    output = self._apply_guidance(output, self._batch)
+            output = super()._generate_and_score_completions(inputs)
+            if self._batch is not None:
+                output = self._apply_guidance(output, self._batch)
             if self.log_completions and self._settings_in_use() and self.model.training:
                 self._logged_batch = self._batch_as_logged(len(inputs), self._batch)
             return output
@@ -383,7 +389,7 @@ class SelectiveGuidanceGRPOTrainer(GRPOTrainer):
         threshold = 0.0 if self.args.guidance_weighting == "constant" else self._threshold.measure()
         if threshold is not None:
             self._metrics["train"]["guidance/entropy_threshold"].append(threshold)
-        elif self.state.global_step > 0:
+        elif self.state.global_step > 0 and self.args.mask_truncated_completions:
             warnings.warn(
                 "Guidance cannot start: no on-policy token was left to measure the entropy threshold on, since "
                 "mask_truncated_completions masks completions that do not end. Set entropy_threshold_init, raise max_completion_length, "
@@ -454,7 +460,7 @@ class SelectiveGuidanceGRPOTrainer(GRPOTrainer):
         prompt_ids, completion_ids, tool_mask, completions, logprobs, *rest = generated
         self._batch.completion_ids = completion_ids
         if self.num_injected_completions:
-            rewards_per_func = super()._calculate_rewards(self._batch.rows, prompts, completions, completion_ids)
+            rewards_per_func = self._rewards(self._batch.rows, prompts, completions, completion_ids)
             self._batch.sampled_rewards_per_func = rewards_per_func
             completion_ids, completions, logprobs = self._inject(prompt_ids, completions, logprobs)
         return prompt_ids, completion_ids, tool_mask, completions, logprobs, *rest
@@ -528,7 +534,7 @@ class SelectiveGuidanceGRPOTrainer(GRPOTrainer):
         self._pending_extra_logs: dict[str, list] = defaultdict(list)
         self._pending_metrics: dict[str, list] = defaultdict(list)
         try:
-            rewards = super()._calculate_rewards(inputs, prompts, completions, token_ids)
+            rewards = self._rewards(inputs, prompts, completions, token_ids)
             for number, (row, completion) in enumerate(pairs):
                 extra_logs[row, completion.token_ids] = {
                     column: values[number]
@@ -612,9 +618,27 @@ class SelectiveGuidanceGRPOTrainer(GRPOTrainer):
         self._log_columns(len(inputs))
         if batch is not None and batch.injection is not None:
             return batch.rewards_per_func
-        rewards_per_func = super()._calculate_rewards(inputs, *args, **kwargs)
+        rewards_per_func = self._rewards(inputs, *args, **kwargs)
         if batch is not None:
             batch.sampled_rewards_per_func = batch.rewards_per_func = rewards_per_func
+        return rewards_per_func
+
+    def _rewards(self, *args, **kwargs) -> torch.Tensor:
+        """TRL's, by function; while guidance is on, of functions that are watched, so that no reward that is none gets into a baseline."""
+        if not self._settings_in_use():
+            return super()._calculate_rewards(*args, **kwargs)
+        funcs, names = self.reward_funcs, self.reward_func_names
+        self.reward_funcs: list = [
+            func if isinstance(func, torch.nn.Module) else watched(func, name, is_async_callable(func))
+            for func, name in zip(funcs, names, strict=True)
+        ]
+        try:
+            rewards_per_func = super()._calculate_rewards(*args, **kwargs)
+        finally:
+            self.reward_funcs = funcs
+        for func, name, rewards in zip(funcs, names, rewards_per_func.unbind(1), strict=True):
+            if isinstance(func, torch.nn.Module):
+                check_model_rewards(rewards, name)
         return rewards_per_func
 
     def _log_columns(self, num_rows: int) -> None:
@@ -848,6 +872,14 @@ class SelectiveGuidanceGRPOTrainer(GRPOTrainer):
         if self.is_world_process_zero() and (problem := self._save_picture()):
             logger.warning("No picture of the training dynamics: %s", problem)
         return output
+
+    def training_step(self, *args, **kwargs):
+        """One micro-batch: rollouts, rewards, loss. What goes wrong in it says where to go on."""
+        try:
+            return super().training_step(*args, **kwargs)
+        except Exception as error:
+            error.add_note(way_on(self.args.output_dir, self.state.global_step))
+            raise
 
     def _save_rng_state(self, output_dir):
         super()._save_rng_state(output_dir)

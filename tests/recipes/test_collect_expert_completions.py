@@ -105,25 +105,3 @@ def test_another_policy_ends_otherwise(tmp_path, start, capsys):
     assert kept == without
     assert int(kept) > 0
     assert json.loads((tmp_path / ".out.jsonl.settings").read_text())["eos_token"] == "~"
-
-
-@pytest.mark.parametrize(
-    ("changes", "message"),
-    [
-        ({"dataset_train_split": "x", "dataset_name": "folder"}, "The dataset has no split 'x'"),
-        ({"reward_funcs": "nobody"}, "reward_funcs: got 'nobody', expected one of"),
-        ({"nonsense": "1"}, "--nonsense"),
-        ({"temperature": "0"}, "temperature > 0, got 2, 26 and 0.0"),
-        ({"expert_model_name_or_path": "nowhere"}, "The expert 'nowhere' could not be loaded"),
-        (
-            {"base_url": "http://localhost:1", "policy_tokenizer_name_or_path": POLICY},
-            "are for log-probabilities, which are not taken from an endpoint: leave them unset, or leave base_url unset",
-        ),
-    ],
-)
-def test_errors_reach_the_user(tmp_path, start, changes, message):
-    (tmp_path / "folder").mkdir()
-    (tmp_path / "folder" / "train.jsonl").write_text('{"prompt": "a"}\n')
-    with pytest.raises(ValueError, match=re.escape(message)):
-        start(**changes)
-    assert not (tmp_path / "data").exists()

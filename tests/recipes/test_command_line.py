@@ -33,29 +33,6 @@ def message_of(tmp_path, capsys, text, *arguments):
     return first.replace(f"{tmp_path}/", "")
 
 
-@pytest.mark.parametrize(
-    ("text", "message"),
-    [
-        ("learning_rte: 1.0", "recipe.yaml, line 3, learning_rte: there is no such setting. Did you mean 'learning_rate'?"),
-        ("zzz: 1", "recipe.yaml, line 3, zzz: there is no such setting."),
-        ("max_steps: 1\nseed: 2\nmax_steps: 3", "recipe.yaml, line 5: 'max_steps' is there already, in line 3. Keep one."),
-        ("max_steps: many", "recipe.yaml, line 3, max_steps: expected a whole number, got 'many'."),
-        ("max_steps: 1.5", "recipe.yaml, line 3, max_steps: expected a whole number, got 1.5."),
-        ("max_steps: true", "recipe.yaml, line 3, max_steps: expected a whole number, got True. YAML reads yes, no, on and off"),
-        ("log_completions: 3", "recipe.yaml, line 3, log_completions: expected true or false, got 3."),
-        ("save_strategy: no", "recipe.yaml, line 3, save_strategy: expected one of ['no', 'steps', 'epoch', 'best'] or a text, got False. YAML reads yes, no"),
-        ("reward_weights: [1.0, x]", "recipe.yaml, line 3, reward_weights: expected a list, each entry a number or null, got"),
-        ("reward_funcs: boxed_accuracy", "recipe.yaml, line 3, reward_funcs: expected a list, each entry a text or null, got"),
-        ("entropy_quantile: 95", "recipe.yaml, line 3, entropy_quantile: entropy_quantile must lie in [0, 1], got 95."),
-        ("preset: mentr", "recipe.yaml, line 3, preset: preset must be one of"),
-        ("seed: 1\nnum_generations: 4\nnum_guided_generations: 3", "recipe.yaml, line 5, num_guided_generations: num_guided_generations=3 of num_generations=4 leaves 1"),
-        ("seed: [1", "recipe.yaml, line 3: no valid YAML"),
-    ],
-)  # fmt: skip
-def test_errors_of_a_config_file(tmp_path, capsys, text, message):
-    assert f"error: {message}" in message_of(tmp_path, capsys, text)
-
-
 def test_the_command_line_is_named_where_it_wins(tmp_path, capsys):
     message = message_of(tmp_path, capsys, "entropy_quantile: 0.9", "--entropy_quantile=95")
     assert "error: command line, --entropy_quantile: entropy_quantile must lie in [0, 1]" in message

@@ -2,7 +2,6 @@
 
 import json
 import os
-import runpy
 import shutil
 import subprocess
 import sys
@@ -118,47 +117,6 @@ def test_an_adapter_with_a_conversation_and_an_evaluation(tmp_path):
     assert not (out / "model.safetensors").exists()
     history = json.loads((out / "trainer_state.json").read_text())["log_history"]
     assert [entry["step"] for entry in history if "eval_reward" in entry] == [1, 2]
-
-
-@pytest.mark.parametrize(
-    ("arguments", "message"),
-    [
-        (("--reward_funcs", "correct"), "reward_funcs: got 'correct', expected one of ['boxed_accuracy'"),
-        (
-            ("--prompt_column", "question"),
-            "The dataset has no column 'question', only ['goal', 'prompt', 'start', 'walls']",
-        ),
-        (("--eos_token", "<|im_end|>"), "eos_token='<|im_end|>' is not in the vocabulary"),
-        (("--entropy_quantile", "95"), "It is a fraction: pass 0.95"),
-        (("--max_step", "1"), "command line, --max_step: there is no such setting. Did you mean '--max_steps'?"),
-        (("--max_steps", "many"), "argument --max_steps/--max-steps: invalid int value: 'many'"),
-        (
-            ("--expert_model_init_kwargs", "{dtype"),
-            "command line, --expert_model_init_kwargs: expected JSON, got '{dtype'",
-        ),
-        (
-            ("--num_guided_generations", "3"),
-            "command line, --num_guided_generations: num_guided_generations=3 of num_generations=4",
-        ),
-        (
-            ("--num_processes", "8"),
-            "command line, --num_processes: num_processes=8: the batch sizes are made for that many",
-        ),
-        (("--dataset_name", "absent.jsonl"), "absent.jsonl"),
-        (("--eval_strategy", "steps"), "The dataset has no split 'test', only ['train']: set dataset_test_split"),
-        (("--dataset_name", "one", "--eval_strategy", "steps"), "only ['train']: set dataset_test_split"),
-    ],
-)
-def test_errors_reach_the_user(tmp_path, monkeypatch, capsys, arguments, message):
-    prepare(tmp_path)
-    path_dataset(2).save_to_disk(str(tmp_path / "one"))
-    monkeypatch.chdir(tmp_path)
-    monkeypatch.setattr(sys, "path", [*sys.path])
-    monkeypatch.setattr(sys, "argv", ["selective_grpo.py", "--config", "config.yaml", *arguments])
-    with pytest.raises(SystemExit) as exit:
-        runpy.run_path(str(SCRIPT), run_name="__main__")
-    assert exit.value.code == 2
-    assert message in capsys.readouterr().err.splitlines()[-2]
 
 
 def test_splits_of_a_folder(tmp_path):

@@ -149,4 +149,6 @@ def _generation_config(model: str, revision: str | None) -> GenerationConfig:
     try:
         return GenerationConfig.from_pretrained(model, revision=revision)
     except OSError:
-        return GenerationConfig.from_model_config(AutoConfig.from_pretrained(model, revision=revision))
+        return GenerationConfig.from_model_config(
+            AutoConfig.from_pretrained(model, revision=revision, trust_remote_code=False)
+        )

@@ -8,7 +8,7 @@ from trl_selective.experts.local import Expert, check_expert, load_expert, load_
 from trl_selective.experts.local_source import LocalSource
 from trl_selective.experts.patient_endpoint import ExpertServerError
 from trl_selective.experts.scoring import completion_logps, evaluation_mode
-from trl_selective.experts.server import ExpertServer, connect_expert, naming_last_checkpoint
+from trl_selective.experts.server import ExpertServer, connect_expert
 from trl_selective.experts.shared import load_adapter_tokenizer, share_base
 from trl_selective.experts.sources import Completion, Sampling, Source
 
@@ -33,7 +33,6 @@ __all__ = [
     "load_adapter_tokenizer",
     "load_expert",
     "load_expert_tokenizer",
-    "naming_last_checkpoint",
     "on_device",
     "share_base",
 ]

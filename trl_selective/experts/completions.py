@@ -219,7 +219,8 @@ class CompletionReader:
         value = None if column is None else row[column]
         if value is None:
             return [None] * number
-        if isinstance(value, str) or (isinstance(value, Sequence) and value and isinstance(value[0], (int, float))):
+        is_numbers = isinstance(value, Sequence) and bool(value) and isinstance(value[0], (int, float))
+        if isinstance(value, str) or (is_numbers and column == self.logprobs_column):
             value = [value]  # that of a single completion
         if not isinstance(value, Sequence) or len(value) != number:
             size = f"{len(value)} entries" if isinstance(value, Sequence) else repr(value)
@@ -231,12 +232,14 @@ class CompletionReader:
         if isinstance(completion, str):
             return completion
         text, prefix = self.render([*prompt, *completion], False), self.render(prompt, True)
+        content = completion[0]["content"]
         if not text.startswith(prefix):
+            shown = text[max(text.rfind(content), 0) :]
             raise ValueError(
                 f"{which}: the chat template shows the prompt as {prefix[-PREVIEW:]!r} before an answer, but a conversation with this "
-                f"answer does not begin so. Give the completion as a text: all that follows the prompt, such as {text[-PREVIEW:]!r}."
+                f"answer does not begin so. Give the completion as a text: all that follows the prompt, such as {shown[-PREVIEW:]!r}."
             )
-        content, answer = completion[0]["content"], text[len(prefix) :]
+        answer = text[len(prefix) :]
         # Some templates end the prompt with the first words of every answer, such as `<think>`.
         if "".join(content.split()) not in "".join(text[-len(content) - len(answer) :].split()):
             raise ValueError(

@@ -42,7 +42,7 @@ def failure_reason(error: Exception, client: Any, url_setting: str) -> str:
         client: as `endpoint_client` returns it.
         url_setting: the setting that a redirect has to be copied to.
     """
-    reason = f"{type(error).__name__}: {error}"
+    reason = f"{type(error).__name__}: {error}".removesuffix(".") + "."
     response = getattr(error, "response", None)
     if response is not None and response.has_redirect_location:
         reason += f" It redirects to {response.headers['location']!r}, which is not followed: if that is right, give it as {url_setting}."

@@ -12,6 +12,7 @@ from typing import Any, TypeAlias
 
 import torch
 from peft import PeftModel
+from safetensors import SafetensorError
 from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
 
 Expert: TypeAlias = PreTrainedModel | PeftModel
@@ -33,7 +34,8 @@ def load_expert(
         expert: Hub id, local path, or model. A model is frozen in place.
         device: where rollouts are generated. A model with a device map or quantised weights stays where it was loaded.
         revision: of a Hub id.
-        init_kwargs: for `AutoModelForCausalLM.from_pretrained`; `dtype` defaults to bfloat16 on accelerators and float32 on CPUs.
+        init_kwargs: for `AutoModelForCausalLM.from_pretrained`; `dtype` defaults to bfloat16 on accelerators and float32 on CPUs,
+            `use_safetensors` to True.
         trust_remote_code: the default of the argument of that name.
         offload: leave it in main memory, to be used within `on_device`.
 
@@ -42,14 +44,16 @@ def load_expert(
             loaded is to be offloaded.
     """
     if isinstance(expert, (str, os.PathLike)):
-        kwargs = {"trust_remote_code": trust_remote_code, **(init_kwargs or {})}
+        kwargs = {"trust_remote_code": trust_remote_code, "use_safetensors": True, **(init_kwargs or {})}
         if "torch_dtype" not in kwargs:  # the older name
             kwargs.setdefault("dtype", torch.float32 if device.type == "cpu" else torch.bfloat16)
         try:
             expert = AutoModelForCausalLM.from_pretrained(expert, revision=revision, **kwargs)
-        except OSError as error:
+        except (OSError, SafetensorError) as error:
             raise ValueError(
-                f"The expert {str(expert)!r} could not be loaded. Expected a Hub id, a folder with a model, or a model. {error}"
+                f"The expert {str(expert)!r} could not be loaded. Expected a Hub id, a folder with a model, or a model; its weights in safetensors, "
+                "into which `save_pretrained` puts older ones (or set use_safetensors to False in expert_model_init_kwargs, if you trust them). "
+                f"{error}"
             ) from error
     elif revision or init_kwargs:
         raise ValueError(

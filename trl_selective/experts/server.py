@@ -6,9 +6,7 @@ says in full how to draw, since a server takes what it is not told from the mode
 with a server that keeps seeds, a run that is resumed draws the same again.
 """
 
-import os
-from collections.abc import Collection, Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Collection, Sequence
 from functools import partial
 from typing import Any
 
@@ -16,7 +14,6 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 from transformers import PreTrainedTokenizerBase
-from transformers.trainer_utils import get_last_checkpoint
 
 from trl_selective.experts.local import check_vocabulary
 from trl_selective.experts.patient_endpoint import ExpertServerError, PatientEndpoint
@@ -186,21 +183,6 @@ def connect_expert(
     server = ExpertServer(url, name, vocab_size=check_vocabulary(expert_tokenizer, tokenizer), **settings)
     server.check(tokenizer, max_completion_length, temperature)
     return server
-
-
-@contextmanager
-def naming_last_checkpoint(output_dir: str) -> Iterator[None]:
-    """Where to go on when the expert server stops training."""
-    try:
-        yield
-    except ExpertServerError as error:
-        last = get_last_checkpoint(output_dir) if os.path.isdir(output_dir) else None
-        way_on = (
-            f"from its last checkpoint, {last}, with resume_from_checkpoint=True"
-            if last
-            else "again: no checkpoint was saved yet"
-        )
-        raise ExpertServerError(f"{error} Training has stopped. Once the server is back, start it {way_on}.") from None
 
 
 def _token_ids(choice: Any) -> list[int]:
