@@ -47,7 +47,7 @@ class Turns(TrainerCallback):
 
 
 class Stopwatch:
-    """Seconds that a model spends in its forward."""
+    """Seconds that a model spends in its forward. Not for accelerators, where forwards are graphs, which a clock would break up."""
 
     def __init__(self, model):
         self.seconds = 0.0
@@ -109,18 +109,19 @@ def main(arguments: argparse.Namespace) -> None:
                 },
             }.items()
         }
-        stopwatch = Stopwatch(expert)
+        stopwatch = Stopwatch(expert) if arguments.device == "cpu" else None
         turns = take_turns(trainers)
     seconds = {name: turn.seconds[NUM_WARM:] for name, turn in turns.items()}
     grpo = seconds["GRPOTrainer"]
-    share = stopwatch.seconds / sum(turns["4 of 12 guided"].seconds)
     print("\n| trainer | median step, s | ratio |\n|---|---|---|")
     for name, values in seconds.items():
         print(f"| {name} | {median(values):.3f} | {median_ratio(values, grpo):.3f} |")
-    without_expert = [value * (1 - share) for value in seconds["4 of 12 guided"]]
-    print(
-        f"| the same without the expert's forwards ({share:.0%}) | {median(without_expert):.3f} | {median_ratio(without_expert, grpo):.3f} |"
-    )
+    if stopwatch:
+        share = stopwatch.seconds / sum(turns["4 of 12 guided"].seconds)
+        without_expert = [value * (1 - share) for value in seconds["4 of 12 guided"]]
+        print(
+            f"| the same without the expert's forwards ({share:.0%}) | {median(without_expert):.3f} | {median_ratio(without_expert, grpo):.3f} |"
+        )
 
 
 def take_turns(trainers: dict[str, GRPOTrainer]) -> dict[str, Turns]:

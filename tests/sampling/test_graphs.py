@@ -184,7 +184,7 @@ def test_graphs_give_the_rollout_of_plain_forwards(kind, monkeypatch):
         torch.manual_seed(0)
         rollouts.append(RAMP.sample(kind, *models, PROMPTS * 10, length=40, eos={1}))
     ours, plain = rollouts
-    assert len(replays) > 40
+    assert len(replays) > 10
     assert ours.completion_ids == plain.completion_ids
     assert ours.expert_drawn == plain.expert_drawn
     for row, logps in zip(ours.sampling_per_token_logps, plain.sampling_per_token_logps, strict=True):
