@@ -37,11 +37,18 @@ LORA = {"r": 4, "target_modules": ["q_proj", "v_proj"], "task_type": "CAUSAL_LM"
 counts: Counter[str] = Counter()
 
 
+def num_held(parameter: torch.Tensor) -> int:
+    """Numbers of a parameter that are in this process."""
+    if hasattr(parameter, "ds_tensor"):  # ZeRO-3; what it gathers for a forward is no part of it
+        return parameter.numel() or parameter.ds_tensor.numel()
+    return (parameter.to_local() if isinstance(parameter, DTensor) else parameter).numel()
+
+
 class Counted(SelectiveGuidanceGRPOTrainer):
-    """Counts what processes tell one another, and keeps the rollouts."""
+    """Counts what processes tell one another and hold after sampling, and keeps the rollouts."""
 
     def __init__(self, *args, **kwargs):
-        self.batches = []
+        self.batches, self.held = [], []
         super().__init__(*args, **kwargs)
         if self.num_guided_generations:
             summed = self._threshold.sum_over_processes
@@ -53,6 +60,7 @@ class Counted(SelectiveGuidanceGRPOTrainer):
 
     def _apply_guidance(self, output, batch):
         self.batches.append(batch)
+        self.held.append(sum(map(num_held, self.model.parameters())))
         return super()._apply_guidance(output, batch)
 
 
@@ -65,13 +73,6 @@ def noise_by_row(num_rows: int, num_positions: int, device: torch.device) -> tor
         generator=torch.Generator().manual_seed(counts["rollouts"]),
     )  # fmt: skip
     return every[state.process_index * num_rows :][:num_rows].to(device)
-
-
-def num_held(parameter: torch.Tensor) -> int:
-    """Numbers of a parameter that are in this process."""
-    if hasattr(parameter, "ds_tensor"):  # ZeRO-3; what it gathers for a forward is no part of it
-        return parameter.numel() or parameter.ds_tensor.numel()
-    return (parameter.to_local() if isinstance(parameter, DTensor) else parameter).numel()
 
 
 def full_parameters(model: PreTrainedModel) -> dict[str, torch.Tensor]:
@@ -137,7 +138,7 @@ def main(folder: Path, settings: dict) -> None:
             [(c.row, c.completion.token_ids) for c in (batch.injection.injected if batch.injection else ())]
             for batch in trainer.batches
         ],
-        "held": sum(map(num_held, model.parameters())),
+        "held": [*trainer.held, sum(map(num_held, model.parameters()))],
         "drawn": [sum(map(sum, batch.rollout.expert_drawn)) if batch.rollout else 0 for batch in trainer.batches],
     }
     (folder / f"rank{rank}.json").write_text(json.dumps(record))
