@@ -316,21 +316,22 @@ def _costs(phases: list, sft_length: float) -> list[dict]:
     """
     supervised = {"policy": 0.0, "expert": 0.0, "trained": sft_length}
     return [
-        supervised if isinstance(trainer, SFTTrainer) else _cost(entry, trainer)
+        supervised
+        if isinstance(trainer, SFTTrainer)
+        else cost_of_update(entry, trainer.num_guided_generations / trainer.num_generations)
         for trainer in phases
         for entry in _logged([trainer])
     ]
 
 
-def _cost(entry: dict, trainer: SelectiveGuidanceGRPOTrainer) -> dict[str, float]:
-    guided = 0.0
-    length, guided_length = entry["completions/mean_length"], entry.get("guidance/completions/mean_length")
-    if guided_length:
-        share = trainer.num_guided_generations / trainer.num_generations
-        length, guided = (1 - share) * length, share * guided_length
+def cost_of_update(entry: dict, guided_share: float) -> dict[str, float]:
+    """From what GRPO logged, where this share of the rollouts is guided, if any was."""
+    guided_length = entry.get("guidance/completions/mean_length", 0.0)
+    guided = guided_share * guided_length
+    on_policy = (1 - guided_share if guided_length else 1.0) * entry["completions/mean_length"]
     return {
-        "policy": length + guided * entry.get("guidance/policy_forwards_per_token", 1.0),
+        "policy": on_policy + guided * entry.get("guidance/policy_forwards_per_token", 1.0),
         "expert": guided * entry.get("guidance/expert_forwards_per_token", 0.0),
-        "trained": length + guided,
+        "trained": on_policy + guided,
         "seconds": entry["step_time"],
     }

@@ -12,6 +12,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import yaml
+from matplotlib.figure import Figure
 
 from tests.training import QUICKSTART
 from trl_selective import SelectiveGuidanceGRPOConfig
@@ -21,10 +22,11 @@ sys.path.insert(0, str(QUICKSTART.parent / "study"))
 from costs import TOKENS, after_as_many, costs, pace, periods, spent, tokens  # isort: skip
 from intervals import Arm, bootstrap, distinct, success  # isort: skip
 from models import RECIPES, make  # isort: skip
+from pictures import plot_costs  # isort: skip
 from report import cost_table, report  # isort: skip
 from run import Study, best_rates, done, parser  # isort: skip
 from tasks import GRID, SUMS, TASKS, SumsProblem, corpus_example, expert_example, splits, wrong_example  # isort: skip
-from training import OWN_SETTINGS  # isort: skip
+from training import OWN_SETTINGS, cost_of_update  # isort: skip
 
 STUDY = QUICKSTART.parent / "study"
 SETTINGS = yaml.safe_load((STUDY / "study.yaml").read_text())
@@ -164,6 +166,15 @@ def test_the_shipped_costs_by_update_are_those_of_the_whole_runs():
             assert np.nansum(by_update(run, "seconds")) < run["cost"]["seconds"]
 
 
+def test_the_cost_of_an_update_is_that_of_its_guided_and_other_rollouts():
+    plain = {"completions/mean_length": 12.0, "step_time": 0.1}
+    assert cost_of_update(plain, 0.25) == {"policy": 12.0, "expert": 0.0, "trained": 12.0, "seconds": 0.1}
+    forwards = {"guidance/policy_forwards_per_token": 1.25, "guidance/expert_forwards_per_token": 0.5}
+    guided = plain | {"guidance/completions/mean_length": 16.0} | forwards
+    expected = {"policy": 9 + 4 * 1.25, "expert": 4 * 0.5, "trained": 9 + 4, "seconds": 0.1}  # 3/4 of 12, 1/4 of 16
+    assert cost_of_update(guided, 0.25) == expected
+
+
 def of_costs(policy: list, expert: list, seconds: list | None, pass_at_1: list) -> dict:
     """A run of 10 rollouts per update, measured at every second one."""
     trained = [1.0] * len(policy)
@@ -204,6 +215,22 @@ def test_costs_by_update():
     assert table[0].startswith("|  | policy tokens per update, 2 to 3 | expert tokens per update, 2 to 3 | seconds")
     assert table[3] == "| sft | 0 | 0 |  | 0 | 0 |  | 60.0 % |"
     assert table[4] == "| alone | 50 | 25 |  | 50 | 0 |  |  |"
+
+
+def test_the_picture_of_costs(tmp_path, monkeypatch):
+    """An arm has one colour in both panels. One that samples nothing is only where its training is counted."""
+    figures = []
+    monkeypatch.setattr(Figure, "savefig", lambda figure, *_, **__: figures.append(figure))
+    sft = of_costs([0.0] * 4, [0.0] * 4, None, [0.0, 0.4, 0.6])
+    guided = of_costs([500.0] * 4, [0.0, 300.0, 200.0, 0.0], None, [0.0, 0.3, 0.5])
+    plot_costs({"sft": Arm("sft", {0: sft}), "mentor": Arm("mentor", {0: guided, 1: guided})}, tmp_path / "costs.png")
+    sampling, everything = [{line.get_label(): line for line in axes.lines} for axes in figures[0].axes]
+    assert list(sampling) == ["mentor"]
+    assert list(everything) == ["sft", "mentor"]
+    assert sampling["mentor"].get_color() == everything["mentor"].get_color() != everything["sft"].get_color()
+    assert list(sampling["mentor"].get_xdata()) == [0, 13, 25]  # thousands: 10 rollouts x (500 + 800) by update 2
+    assert list(everything["mentor"].get_xdata()) == pytest.approx([0, 13.02, 25.04])
+    assert list(everything["mentor"].get_ydata()) == [0.0, 0.3, 0.5]
 
 
 def test_an_interrupted_copy_of_a_model_is_made_anew(tmp_path, monkeypatch):
