@@ -36,8 +36,13 @@ class Arm:
 
     def minus(self, other: "Arm", value: Callable[[dict], np.ndarray]) -> Estimate:
         """The paired difference, over the seeds that both have."""
-        ours, theirs = self.table(value), other.table(value)
-        return bootstrap(np.stack([ours[seed] - theirs[seed] for seed in ours if seed in theirs]))
+        return self.paired(other, lambda ours, theirs: value(ours) - value(theirs))
+
+    def paired(self, other: "Arm", value: Callable[[dict, dict], np.ndarray]) -> Estimate:
+        """What `value` finds in two runs of one seed, over the seeds that both have."""
+        return bootstrap(
+            np.stack([value(run, other.runs[seed]) for seed, run in self.runs.items() if seed in other.runs])
+        )
 
 
 def success(k: int, level: str | None = None) -> Callable[[dict], np.ndarray]:

@@ -3,12 +3,13 @@
 import csv
 import json
 from collections.abc import Callable
+from math import isnan
 from pathlib import Path
 
-import numpy as np
 import yaml
-from intervals import KS, Arm, Estimate, comparisons, curve, distinct, success, whole
-from matplotlib.figure import Figure
+from costs import costs, periods
+from intervals import Arm, Estimate, comparisons, distinct, success, whole
+from pictures import plot_costs, plot_curves, plot_habits, plot_pass_at_k
 
 HERE = Path(__file__).parent
 SHOWN = ("grpo", "sft", "luffy", "mentor", "hard_gate", "random_positions", "selected")  # in pictures
@@ -31,6 +32,12 @@ MEASURES = {
     "seconds": whole("seconds", "cost"),
 }
 COSTS = ("policy tokens", "expert tokens", "trained tokens", "seconds")
+COST_CAPTION = (
+    "What an update cost, in means over the seeds with 95 % intervals. Tokens are those that models were run on while sampling. Seconds are the "
+    "median of their ratios to those of GRPO's update of the same number and seed, by wall clock: where runs shared a machine, only what all "
+    "seeds agree in says something. pass@1 is that of the curves, when an arm had sampled with as many tokens of policy and expert as GRPO in "
+    "all; an arm that never did is shown at its end."
+)
 COMPARED = ("pass@1", "pass@64", "distinct correct of 64")  # whose differences to GRPO are given
 
 
@@ -38,6 +45,7 @@ def report(results: Path) -> str:
     """Write tables and pictures of each comparison to the folder. Returns the tables."""
     settings = yaml.safe_load((HERE / "study.yaml").read_text())
     order = [arm for group in settings["arms"].values() for arm in group]
+    when = periods(settings["arms"]["main"]["mentor"]["guidance_steps"])
     texts = []
     for place, found in comparisons(results).items():
         arms = {name: found[name] for name in sorted(found, key=order.index)}
@@ -45,12 +53,21 @@ def report(results: Path) -> str:
         starts = {"start": where["base"], "expert": "expert"}
         folder = results / "models" / where["task"]
         models = {name: _model(name, folder / f"{model}.json") for name, model in starts.items()}
-        write_csv({**models, **arms}, results / f"{place}.csv")
-        parts = [f"### {place}", _caption(arms), main_table(arms, models), contrast_table(arms, settings["contrasts"])]
+        spent = {name: costs(arm, arms.get("grpo"), when) for name, arm in arms.items()}
+        write_csv({**models, **arms}, spent, results / f"{place}.csv")
+        parts = [
+            f"### {place}",
+            _caption(arms),
+            main_table(arms, models),
+            contrast_table(arms, settings["contrasts"]),
+            COST_CAPTION,
+            cost_table(spent),
+        ]
         texts.append("\n\n".join(part for part in parts if part) + "\n")
         (results / f"{place}.md").write_text(texts[-1])
         shown = {name: arm for name, arm in arms.items() if name in SHOWN} or arms
         plot_curves(shown, results / f"{place}-curves.png")
+        plot_costs(shown, results / f"{place}-costs.png")
         plot_pass_at_k({**models, **shown}, results / f"{place}-pass_at_k.png")
         plot_habits({**models, **shown}, results / f"{place}-habits.png")
     return "\n".join(texts)
@@ -112,6 +129,23 @@ def contrast_table(arms: dict[str, Arm], contrasts: list[dict[str, str]]) -> str
     )
 
 
+def cost_table(spent: dict[str, dict[str, Estimate]]) -> str:
+    """One line per arm: means with 95 % intervals; nothing where nothing was measured."""
+    measures = list(dict.fromkeys(measure for found in spent.values() for measure in found))
+    rows = [[name, *(_cost(measure, found.get(measure)) for measure in measures)] for name, found in spent.items()]
+    return _markdown(["", *measures], rows)
+
+
+def _cost(measure: str, estimate: Estimate | None) -> str:
+    """Tokens are whole, seconds have one digit, pass@1 is in percent."""
+    if estimate is None or isnan(estimate.mean):
+        return ""
+    scale, digits, unit = (100, 1, " %") if "pass@1" in measure else (1, 1 if "seconds" in measure else 0, "")
+    if estimate.low == estimate.high:
+        return f"{scale * estimate.mean:.{digits}f}{unit}"
+    return estimate.text(scale, digits) + unit
+
+
 def _minus(arm: Arm, other: Arm | None, value: Callable) -> str:
     """In points of percent; nothing where there is nothing to compare."""
     if (
@@ -128,8 +162,11 @@ def _markdown(header: list[str], rows: list[list[str]]) -> str:
     return "\n".join(f"| {' | '.join(line)} |" for line in [header, ["---"] * len(header), *rows])
 
 
-def write_csv(arms: dict[str, Arm], path: Path) -> None:
-    """All measures of all arms: mean, interval, and where it is one of `COMPARED`, the difference to GRPO with its interval."""
+def write_csv(arms: dict[str, Arm], spent: dict[str, dict[str, Estimate]], path: Path) -> None:
+    """
+    All measures of all arms: mean, interval, and where it is one of `COMPARED`, the difference to GRPO with its interval. Then what their
+    updates cost.
+    """
     grpo = arms.get("grpo")
     with path.open("w", newline="") as file:
         writer = csv.writer(file)
@@ -145,78 +182,11 @@ def write_csv(arms: dict[str, Arm], path: Path) -> None:
                 if grpo and measure in COMPARED and name not in ("start", "expert"):
                     row += _numbers(arm.minus(grpo, value))
                 writer.writerow(row)
+            for measure, shown in spent.get(name, {}).items():
+                if not isnan(shown.mean):
+                    numbers = _numbers(shown, digits=2 if "seconds" in measure else 4)
+                    writer.writerow([name, len(arm.runs), measure, *numbers])
 
 
-def _numbers(estimate: Estimate) -> list[str]:
-    return [f"{value:.5g}" for value in (estimate.mean, estimate.low, estimate.high)]
-
-
-def plot_curves(arms: dict[str, Arm], path: Path) -> None:
-    """pass@1, entropy, length and fillers of held-out answers over the updates; bands are 95 % over seeds."""
-    panels = {
-        "pass@1": "pass@1",
-        "entropy": "entropy, nats",
-        "length": "length, tokens",
-        "filler": "answers with a filler",
-    }
-    figure = Figure(figsize=(11, 7), layout="constrained")
-    for axes, (name, title) in zip(figure.subplots(2, 2).flat, panels.items(), strict=True):
-        for arm in arms.values():
-            steps, estimates = curve(arm, name)
-            (line,) = axes.plot(steps, [each.mean for each in estimates], label=arm.name)
-            low, high = [each.low for each in estimates], [each.high for each in estimates]
-            axes.fill_between(steps, low, high, alpha=0.15, color=line.get_color())
-        axes.set_title(title, fontsize=10)
-        axes.set_xlabel("update")
-        axes.grid(alpha=0.3)
-    _save(figure, path)
-
-
-def plot_pass_at_k(arms: dict[str, Arm], path: Path) -> None:
-    """Bands are 95 % over seeds and problems."""
-    figure = Figure(figsize=(7, 4.5), layout="constrained")
-    axes = figure.subplots()
-    for arm in arms.values():
-        ks = [k for k in KS if k <= next(iter(arm.runs.values()))["final"]["num_samples"]]
-        estimates = [arm.estimate(success(k)) for k in ks]
-        style = {"start": "k:", "expert": "k--"}.get(arm.name, "o-")
-        (line,) = axes.plot(ks, [each.mean for each in estimates], style, markersize=3, label=arm.name)
-        if arm.name not in ("start", "expert"):
-            low, high = [each.low for each in estimates], [each.high for each in estimates]
-            axes.fill_between(ks, low, high, alpha=0.12, color=line.get_color())
-    axes.set_xscale("log", base=2)
-    axes.set_ylim(0, 1)
-    axes.set_xlabel("k")
-    axes.set_ylabel("pass@k, held-out problems")
-    axes.grid(alpha=0.3)
-    _save(figure, path)
-
-
-def plot_habits(arms: dict[str, Arm], path: Path) -> None:
-    """Which habits of the expert were adopted, and which of the start were kept: the idea of arXiv:2510.04140, Figure 3."""
-    panels = {
-        "fillers per answer (the expert's habit)": lambda run: np.array([run["final"]["habits"]["~"]]),
-        "right answers that are as short as can be (the expert's)": whole("shortest"),
-        "tokens per answer": whole("length"),
-    }
-    figure = Figure(figsize=(13, 0.9 + 0.38 * len(arms)), layout="constrained")
-    for axes, (title, value) in zip(figure.subplots(1, 3, sharey=True), panels.items(), strict=True):
-        estimates = [arm.estimate(value) for arm in arms.values()]
-        means = [each.mean for each in estimates]
-        errors = [[each.mean - each.low for each in estimates], [each.high - each.mean for each in estimates]]
-        axes.barh(
-            list(arms), means, xerr=errors, color=["0.6" if name in ("start", "expert") else "C0" for name in arms]
-        )
-        axes.set_title(title, fontsize=9)
-        axes.grid(alpha=0.3, axis="x")
-    axes.invert_yaxis()
-    figure.savefig(path, dpi=110)
-
-
-def _save(figure: Figure, path: Path) -> None:
-    """With one legend for all panels, above them."""
-    handles = {
-        label: handle for axes in figure.axes for handle, label in zip(*axes.get_legend_handles_labels(), strict=True)
-    }
-    figure.legend(handles.values(), handles.keys(), loc="outside upper center", ncols=5, frameon=False)
-    figure.savefig(path, dpi=110)
+def _numbers(estimate: Estimate, digits: int = 5) -> list[str]:
+    return [f"{value:.{digits}g}" for value in (estimate.mean, estimate.low, estimate.high)]

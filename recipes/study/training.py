@@ -12,6 +12,7 @@ from typing import Any
 
 import datasets
 import torch
+from costs import TOKENS
 from measures import Sampling, as_dataset, greedy, measure
 from models import make
 from tasks import TASKS, Problem, Task, splits
@@ -107,10 +108,13 @@ def _train_and_measure(run: Run, output: Path) -> dict:
     started = time.perf_counter()
     phases = _phases(run, task, output, tokenizer, meter)
     seconds = time.perf_counter() - started - meter.seconds
+    costs = _costs(phases, _mean_length(run, output))
+    rows = run.training["per_device_train_batch_size"]
     return _final(phases[-1].model, tokenizer, task, problems, protocol) | {
         "curve": meter.curve,
-        "log": _log(phases),
-        "cost": _cost(phases, _mean_length(run, output)) | {"seconds": seconds},
+        "log": _columns(_logged(phases), LOGGED),
+        "cost": {part: rows * sum(each[part] for each in costs) for part in TOKENS} | {"seconds": seconds},
+        "cost_by_update": _columns(costs, (*TOKENS, "seconds")),
     }
 
 
@@ -284,10 +288,14 @@ def _hinted(rows: datasets.Dataset, settings: dict, hint_steps: int, seed: int) 
     return datasets.Dataset.from_dict({"prompt": prompts})
 
 
-def _log(phases: list) -> dict[str, list]:
-    """What was logged at each step, by metric; only what was."""
-    entries = [entry for trainer in phases for entry in trainer.state.log_history if "train_runtime" not in entry]
-    columns = {name: [entry.get(name) for entry in entries] for name in LOGGED}
+def _logged(phases: list) -> list[dict]:
+    """What was logged at each update."""
+    return [entry for trainer in phases for entry in trainer.state.log_history if "train_runtime" not in entry]
+
+
+def _columns(entries: list[dict], names: tuple[str, ...]) -> dict[str, list]:
+    """The values of each name by update, to four digits; only of names that have any."""
+    columns = {name: [entry.get(name) for entry in entries] for name in names}
     return {
         name: [None if value is None else float(f"{value:.4g}") for value in values]
         for name, values in columns.items()
@@ -301,22 +309,29 @@ def _mean_length(run: Run, output: Path) -> float:
     return sum(lengths) / len(lengths)
 
 
-def _cost(phases: list, sft_length: float) -> dict[str, float]:
-    """Tokens that models were run on, prompts not counted: `policy` and `expert` for sampling, `trained` in the loss."""
-    cost = {"policy": 0.0, "expert": 0.0, "trained": 0.0}
-    for trainer in phases:
-        rows = trainer.args.per_device_train_batch_size
-        if isinstance(trainer, SFTTrainer):
-            cost["trained"] += rows * trainer.state.global_step * sft_length
-            continue
-        guided_rows = rows * getattr(trainer, "num_guided_generations", 0) // trainer.num_generations
-        for entry in trainer.state.log_history:
-            if "completions/mean_length" not in entry:
-                continue
-            length, guided = entry["completions/mean_length"], entry.get("guidance/completions/mean_length")
-            guided_tokens = guided_rows * guided if guided else 0.0
-            on_policy = (rows - (guided_rows if guided else 0)) * length
-            cost["policy"] += on_policy + guided_tokens * entry.get("guidance/policy_forwards_per_token", 1.0)
-            cost["expert"] += guided_tokens * entry.get("guidance/expert_forwards_per_token", 0.0)
-            cost["trained"] += on_policy + guided_tokens
-    return cost
+def _costs(phases: list, sft_length: float) -> list[dict]:
+    """
+    What each update cost. Tokens that models were run on, per rollout (or answer of the expert), prompts not counted: `policy` and `expert`
+    for sampling, `trained` in the loss. And the `seconds` of the update, which TRL does not measure in supervised training.
+    """
+    supervised = {"policy": 0.0, "expert": 0.0, "trained": sft_length}
+    return [
+        supervised
+        if isinstance(trainer, SFTTrainer)
+        else cost_of_update(entry, trainer.num_guided_generations / trainer.num_generations)
+        for trainer in phases
+        for entry in _logged([trainer])
+    ]
+
+
+def cost_of_update(entry: dict, guided_share: float) -> dict[str, float]:
+    """From what GRPO logged, where this share of the rollouts is guided, if any was."""
+    guided_length = entry.get("guidance/completions/mean_length", 0.0)
+    guided = guided_share * guided_length
+    on_policy = (1 - guided_share if guided_length else 1.0) * entry["completions/mean_length"]
+    return {
+        "policy": on_policy + guided * entry.get("guidance/policy_forwards_per_token", 1.0),
+        "expert": guided * entry.get("guidance/expert_forwards_per_token", 0.0),
+        "trained": on_policy + guided,
+        "seconds": entry["step_time"],
+    }

@@ -12,18 +12,21 @@ from pathlib import Path
 import numpy as np
 import pytest
 import yaml
+from matplotlib.figure import Figure
 
 from tests.training import QUICKSTART
 from trl_selective import SelectiveGuidanceGRPOConfig
 
 sys.path.insert(0, str(QUICKSTART.parent / "study"))
 
+from costs import TOKENS, after_as_many, costs, pace, periods, spent, tokens  # isort: skip
 from intervals import Arm, bootstrap, distinct, success  # isort: skip
 from models import RECIPES, make  # isort: skip
-from report import report  # isort: skip
+from pictures import plot_costs  # isort: skip
+from report import cost_table, report  # isort: skip
 from run import Study, best_rates, done, parser  # isort: skip
 from tasks import GRID, SUMS, TASKS, SumsProblem, corpus_example, expert_example, splits, wrong_example  # isort: skip
-from training import OWN_SETTINGS  # isort: skip
+from training import OWN_SETTINGS, cost_of_update  # isort: skip
 
 STUDY = QUICKSTART.parent / "study"
 SETTINGS = yaml.safe_load((STUDY / "study.yaml").read_text())
@@ -132,10 +135,102 @@ def test_the_shipped_tables_are_those_of_the_results(tmp_path):
     text = report(tmp_path)
     for path in sorted(tmp_path.glob("*.md")) + sorted(tmp_path.glob("*.csv")):
         assert path.read_text() == (STUDY / "results" / path.name).read_text()
+    shown = (STUDY / "README.md").read_text().split("<!-- results -->")[1]
+    for path in tmp_path.glob("*.md"):
+        assert path.read_text() in shown
     readme = (STUDY.parents[1] / "README.md").read_text()
     quoted = [line for line in readme.split("<!-- study -->")[1].splitlines() if line.startswith("| ")]
     assert len(quoted) > 10
     assert set(quoted) <= set(text.splitlines())
+
+
+def by_update(run: dict, name: str) -> np.ndarray:
+    return np.array(run["cost_by_update"][name], dtype=float)
+
+
+def test_the_shipped_costs_by_update_are_those_of_the_whole_runs():
+    for path in sorted((STUDY / "results" / "runs").glob("*/*.json")):
+        run = json.loads(path.read_text())
+        steps = run["settings"].get("max_steps", run["training"]["max_steps"])
+        assert {len(values) for values in run["cost_by_update"].values()} == {steps}
+        for name in TOKENS:  # four digits of each update are kept; all of one length in supervised training
+            assert 128 * by_update(run, name).sum() == pytest.approx(run["cost"][name], rel=5e-4), (path, name)
+        if (
+            "guidance/expert_drawn" in run["log"]
+        ):  # the expert is asked while alpha is above 0, once a threshold is known
+            guided = np.array([drawn is not None for drawn in run["log"]["guidance/expert_drawn"]])
+            assert ((by_update(run, "expert") > 0) == guided).all(), path
+        if run["arm"] == "sft":
+            assert "seconds" not in run["cost_by_update"]
+        else:
+            assert np.nansum(by_update(run, "seconds")) < run["cost"]["seconds"]
+
+
+def test_the_cost_of_an_update_is_that_of_its_guided_and_other_rollouts():
+    plain = {"completions/mean_length": 12.0, "step_time": 0.1}
+    assert cost_of_update(plain, 0.25) == {"policy": 12.0, "expert": 0.0, "trained": 12.0, "seconds": 0.1}
+    forwards = {"guidance/policy_forwards_per_token": 1.25, "guidance/expert_forwards_per_token": 0.5}
+    guided = plain | {"guidance/completions/mean_length": 16.0} | forwards
+    expected = {"policy": 9 + 4 * 1.25, "expert": 4 * 0.5, "trained": 9 + 4, "seconds": 0.1}  # 3/4 of 12, 1/4 of 16
+    assert cost_of_update(guided, 0.25) == expected
+
+
+def of_costs(policy: list, expert: list, seconds: list | None, pass_at_1: list) -> dict:
+    """A run of 10 rollouts per update, measured at every second one."""
+    trained = [1.0] * len(policy)
+    series = {"policy": policy, "expert": expert, "trained": trained} | ({"seconds": seconds} if seconds else {})
+    return {
+        "training": {"per_device_train_batch_size": 10},
+        "cost_by_update": series,
+        "curve": [{"step": 2 * index, "pass@1": value} for index, value in enumerate(pass_at_1)],
+    }
+
+
+def test_costs_by_update():
+    grpo = of_costs([4.0, 4.0, 6.0, 6.0], [0.0] * 4, [0.1, 0.1, 0.1, 0.2], [0.0, 0.1, 0.2])
+    guided = of_costs([5.0] * 4, [0.0, 3.0, 2.0, 0.0], [9.0, 0.15, 0.12, 0.2], [0.0, 0.3, 0.5])
+    longer = of_costs([4.0] * 6, [0.0] * 6, [9.0, 0.13, 7.0, 0.26, 0.1, 0.1], [0.0] * 4)
+    sft = of_costs([0.0] * 4, [0.0] * 4, None, [0.0, 0.4, 0.6])
+    sft_then_grpo = of_costs([0.0, 0.0, 4.0, 4.0], [0.0] * 4, [None, None, 0.2, 0.2], [0.0] * 3)
+
+    assert list(periods(3).values()) == [slice(1, 3), slice(3, None)]
+    assert tokens("expert", slice(1, 3))(guided) == [10 * (3 + 2) / 2]
+    assert np.isnan(tokens("expert", slice(9, None))(guided))  # a run that was shorter
+    assert pace(slice(1, 3))(guided, grpo) == pytest.approx([(1.5 + 1.2) / 2])
+    assert pace(slice(1, None))(longer, grpo) == pytest.approx([1.3])  # of 1.3, 70 and 1.3: a pause does not count
+    assert pace(slice(0, None))(sft_then_grpo, grpo) == pytest.approx([(2 + 1) / 2])
+    assert np.isnan(pace(slice(1, 3))(sft, grpo))
+    assert list(spent(guided, ("policy", "expert"))) == [0, 10 * (5 + 8), 10 * (5 + 8 + 7 + 5)]
+    assert list(spent(sft, TOKENS)) == [0, 20, 40]
+    # GRPO spent 200: between update 2, after 130, and update 4, after 250.
+    assert after_as_many(guided, grpo) == pytest.approx([0.3 + 0.2 * (200 - 130) / (250 - 130)])
+    assert after_as_many(sft, grpo) == [0.6]  # its end: it samples nothing
+
+    arms = {"grpo": Arm("grpo", {0: grpo}), "sft": Arm("sft", {0: sft}), "alone": Arm("alone", {7: guided})}
+    found = {name: costs(arm, arms["grpo"], periods(3)) for name, arm in arms.items()}
+    assert found["grpo"]["seconds per update (grpo 1), 4 on"].mean == 1.0
+    assert np.isnan(found["sft"]["seconds per update (grpo 1), 4 on"].mean)
+    assert list(found["alone"]) == [f"{name} tokens per update, {when}" for when in ("2 to 3", "4 on") for name in ("policy", "expert")]  # fmt: skip
+    table = cost_table(found).splitlines()
+    assert table[0].startswith("|  | policy tokens per update, 2 to 3 | expert tokens per update, 2 to 3 | seconds")
+    assert table[3] == "| sft | 0 | 0 |  | 0 | 0 |  | 60.0 % |"
+    assert table[4] == "| alone | 50 | 25 |  | 50 | 0 |  |  |"
+
+
+def test_the_picture_of_costs(tmp_path, monkeypatch):
+    """An arm has one colour in both panels. One that samples nothing is only where its training is counted."""
+    figures = []
+    monkeypatch.setattr(Figure, "savefig", lambda figure, *_, **__: figures.append(figure))
+    sft = of_costs([0.0] * 4, [0.0] * 4, None, [0.0, 0.4, 0.6])
+    guided = of_costs([500.0] * 4, [0.0, 300.0, 200.0, 0.0], None, [0.0, 0.3, 0.5])
+    plot_costs({"sft": Arm("sft", {0: sft}), "mentor": Arm("mentor", {0: guided, 1: guided})}, tmp_path / "costs.png")
+    sampling, everything = [{line.get_label(): line for line in axes.lines} for axes in figures[0].axes]
+    assert list(sampling) == ["mentor"]
+    assert list(everything) == ["sft", "mentor"]
+    assert sampling["mentor"].get_color() == everything["mentor"].get_color() != everything["sft"].get_color()
+    assert list(sampling["mentor"].get_xdata()) == [0, 13, 25]  # thousands: 10 rollouts x (500 + 800) by update 2
+    assert list(everything["mentor"].get_xdata()) == pytest.approx([0, 13.02, 25.04])
+    assert list(everything["mentor"].get_ydata()) == [0.0, 0.3, 0.5]
 
 
 def test_an_interrupted_copy_of_a_model_is_made_anew(tmp_path, monkeypatch):
@@ -214,8 +309,21 @@ def test_the_whole_study_in_small_resumes_and_repeats(tmp_path):
         assert [point["step"] for point in run["curve"]] == [0, 2, 4]
         assert (run["cost"]["expert"] > 0) == (run["arm"] == "mentor")
         assert run["cost"]["trained"] > 0
+        assert all(len(values) == 4 for values in run["cost_by_update"].values())
+        for name in TOKENS:
+            assert 16 * by_update(run, name).sum() == pytest.approx(run["cost"][name], rel=1e-3)
+        supervised = run["arm"] == "sft_then_grpo"  # its first update
+        assert [value is None for value in run["cost_by_update"]["seconds"]] == [supervised, False, False, False]
+        assert (by_update(run, "policy")[0] == 0) == supervised
     names = {path.name for path in results.iterdir()}
-    assert {"grid.csv", "grid.md", "grid-curves.png", "grid-pass_at_k.png", "grid-habits.png"} <= names
+    assert {
+        "grid.csv",
+        "grid.md",
+        "grid-curves.png",
+        "grid-costs.png",
+        "grid-pass_at_k.png",
+        "grid-habits.png",
+    } <= names
     with (results / "grid.csv").open() as file:
         assert {row["arm"] for row in csv.DictReader(file)} == {"start", "expert", *(path.stem[:-2] for path in runs)}
     assert "| mentor | " in done.stdout
@@ -227,7 +335,7 @@ def test_the_whole_study_in_small_resumes_and_repeats(tmp_path):
     assert again.returncode == 0, again.stderr
     after = json.loads(mentor.read_text())
     for result in (before, after):
-        del result["cost"]["seconds"]
+        del result["cost"]["seconds"], result["cost_by_update"]["seconds"]
     assert after == before
     assert {path: path.stat().st_mtime_ns for path in others} == others
 
