@@ -206,7 +206,15 @@ def test_schedules_of_the_injection_probability(settings, expected):
         ({"top_k": 50, "min_p": 0.1}, "drawn from the full distribution, got top_k=50, min_p=0.1"),
         ({"repetition_penalty": 1.1}, "drawn from the full distribution, got repetition_penalty=1.1"),
         ({"generation_kwargs": {"num_beams": 2}}, "Guided rollouts do not know generation_kwargs, got .*num_beams"),
-        ({"use_vllm": True}, "use_vllm=True cannot be combined with num_guided_generations > 0 yet"),
+        ({"use_vllm": True, "guided_sampler": "speculative"},
+         "guided_sampler='speculative' needs the distributions of the policy, but with use_vllm=True an engine draws from them. Use 'coin' or"),
+        ({"use_vllm": True, "guided_sampler": "stepwise"}, "guided_sampler='stepwise' needs the distributions of the policy"),
+        ({"use_vllm": True, "mixture_policy": "initial"}, "mixture_policy='initial' needs the initial policy beside the trained one, but with use"),
+        ({"use_vllm": True, "vllm_structured_outputs_regex": "a*"}, r"full distribution, got vllm_structured_outputs_regex='a\*'\. Unset it"),
+        ({"use_vllm": True, "vllm_mode": "colocate", "vllm_enable_sleep_mode": True},
+         "vllm_enable_sleep_mode=True puts the engine to sleep before guided rollouts are drawn. Set it to False"),
+        ({"use_vllm": True, "vllm_mode": "colocate", "vllm_tensor_parallel_size": 2},
+         "vllm_tensor_parallel_size=2 spreads one engine over processes, .*Set it to 1, or use vllm_mode='server'"),
         ({"multi_objective_aggregation": "normalize_then_sum"}, "normalises each reward over all rollouts.*Use 'sum_then_normalize'"),
         ({"importance_sampling_level": "sequence", "guided_importance_correction": "token_mask"},
          "one ratio per completion, but guided_importance_correction='token_mask' weighs single tokens"),
@@ -320,6 +328,20 @@ def test_without_guidance_nothing_of_it_is_refused(settings):
     config(**settings)
 
 
+@pytest.mark.parametrize(
+    "settings",
+    [
+        {"vllm_mode": "colocate"},
+        {"vllm_mode": "colocate", "guided_sampler": "coin", "guided_importance_correction": "token_truncate"},
+        {"vllm_mode": "server", "vllm_tensor_parallel_size": 2, "first_token_from_expert": True},
+    ],
+)
+def test_what_guidance_with_vllm_can_work_with(settings):
+    with warnings.catch_warnings():
+        warnings.filterwarnings("error", ".*without effect.*")
+        assert config(**{**GUIDED, "use_vllm": True, **settings}).use_vllm
+
+
 # ---- Warnings --------------------------------------------------------------------------------------------------------------------------
 
 
@@ -327,6 +349,7 @@ def test_without_guidance_nothing_of_it_is_refused(settings):
     ("settings", "message"),
     [
         ({"num_guided_generations": 0, "guidance_coef": 0.5}, "guidance_coef set, but without effect with num_guided_generations=0"),
+        ({"use_vllm": True, "max_draft_length": 4}, "max_draft_length set, but without effect with use_vllm=True, which takes no drafts"),
         ({"guidance_weighting": "constant", "entropy_quantile": 0.9}, "entropy_quantile set, but .* guidance_weighting='constant'"),
         ({"importance_ratio_max": 2.0}, "importance_ratio_max set, but .* guided_importance_correction='none'"),
         ({"guided_sampler": "stepwise", "draft_length": 4}, "draft_length set, but .* guided_sampler='stepwise'"),

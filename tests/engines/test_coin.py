@@ -7,9 +7,13 @@ import torch
 from scipy.stats import chisquare, kstest
 
 from tests.sampling.reference import entropy_of
-from trl_selective.engines.coin import COIN, EXPERT, Coin, position_seeds, position_uniforms
+from trl_selective.engines.coin import COIN, EXPERT, Coin, position_seeds, uniforms_of
 
 NUM = 20_000
+
+
+def position_uniforms(*numbers):
+    return uniforms_of(position_seeds(*numbers))
 
 
 def coin(**changes) -> Coin:
@@ -76,7 +80,8 @@ def test_numbers_are_uniform_and_independent_of_row_position_and_purpose():
         position_uniforms(torch.full((NUM,), 7), positions + 1, COIN),
         position_uniforms(torch.full((NUM,), 7), positions, EXPERT),
     ]
-    assert row.min() >= 0 and row.max() < 1
+    assert row.min() >= 0
+    assert row.max() < 1
     assert kstest(row, "uniform").pvalue > 1e-3
     for other in others:
         cells = (8 * row).long() * 8 + (8 * other).long()
@@ -85,7 +90,8 @@ def test_numbers_are_uniform_and_independent_of_row_position_and_purpose():
     assert kstest(across, "uniform").pvalue > 1e-3
     assert torch.equal(row[5:6], position_uniforms(torch.tensor([7]), torch.tensor([5]), COIN))
     seeds = position_seeds(torch.full((NUM,), 2**62 - 1), positions, COIN)
-    assert seeds.min() >= 0 and len(seeds.unique()) == NUM
+    assert seeds.min() >= 0
+    assert len(seeds.unique()) == NUM
 
 
 def test_a_request_carries_its_coin():

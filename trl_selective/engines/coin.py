@@ -106,9 +106,10 @@ class Coin:
             positions: of the tokens to be drawn, counted from the start of the text.
         """
         logits = self.restrict(logits)
-        is_heads = position_uniforms(seeds, positions, COIN) < self.weight(
-            entropy(token_probs(logits, temperature))
-        ).double()
+        is_heads = (
+            uniforms_of(position_seeds(seeds, positions, COIN))
+            < self.weight(entropy(token_probs(logits, temperature))).double()
+        )
         return self._forced(logits, is_heads)
 
     def _forced(self, logits: Float[Tensor, "rows head"], is_heads: Bool[Tensor, "rows"]) -> Tensor:
@@ -126,11 +127,9 @@ def position_seeds(seeds: Int[Tensor, "rows"], positions: Int[Tensor, "rows"], p
     return _shifted(state ^ _shifted(state, 31), 1)
 
 
-def position_uniforms(
-    seeds: Int[Tensor, "rows"], positions: Int[Tensor, "rows"], purpose: int
-) -> Float[Tensor, "rows"]:
-    """Uniforms in [0, 1), by row and text position, in float64."""
-    return _shifted(position_seeds(seeds, positions, purpose), 10).double() * 2.0**-53
+def uniforms_of(seeds: Int[Tensor, "rows"]) -> Float[Tensor, "rows"]:
+    """Uniforms in [0, 1) in float64, of 63-bit numbers."""
+    return (seeds >> 10).double() * 2.0**-53
 
 
 def _signed(constant: int) -> int:
