@@ -1,5 +1,6 @@
-"""The expert behind a real `vllm serve`, which runs in an environment of its own: VLLM names the program, if it is not in the path."""
+"""Expert and policy behind a real `vllm serve`, which may run in an environment of its own: VLLM names the program, if it is not in the path."""
 
+import json
 import os
 import shutil
 import signal
@@ -7,18 +8,25 @@ import socket
 import subprocess
 import time
 from collections import Counter
-from urllib.request import urlopen
+from pathlib import Path
+from urllib.request import Request, urlopen
 
 import pytest
 import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
-from tests.sampling.reference import Guidance, enumerated_law
+from tests.engines.vllm_on_cpu import use_small_engines
+from tests.sampling.reference import Guidance, assert_recorded, enumerated_law
 from tests.sampling.test_law import assert_follows
-from tests.training import EXPERT, POLICY, filler_reward, make_trainer, path_dataset
+from tests.test_server_training import Watched, logged
+from tests.training import EXPERT, POLICY, filler_reward, length_reward, make_trainer, path_dataset
+from trl_selective.engines.coin import Coin
+from trl_selective.engines.engine import CLASS, ServedEngine
+from trl_selective.engines.sampler import VllmCoinSampler
 from trl_selective.experts import ExpertServer, ExpertServerError, completion_logps, connect_expert
 from trl_selective.sampling import RemoteCoinSampler
 
+ROOT = Path(__file__).parents[1]
 PROGRAM = os.environ.get("VLLM") or shutil.which("vllm")
 NAME = "grid-expert"
 GUIDANCE = Guidance(threshold=2.0, temperature=0.9, vocab_size=45)
@@ -31,28 +39,16 @@ pytestmark = [
 
 
 class Serve:
-    """`vllm serve` of the quickstart's expert on a port of this machine."""
+    """`vllm serve` of a model of the quickstart on a port of this machine."""
 
-    def __init__(self, log):
+    def __init__(self, log, model=EXPERT, name=NAME, *arguments):
         with socket.socket() as free:
             free.bind(("127.0.0.1", 0))
-            self.port = free.getsockname()[1]
-        self.url, self.log, self.process = f"http://127.0.0.1:{self.port}/v1", log, None
-
-    def start(self):
-        """Start, and wait until it answers."""
-        command = [
-            PROGRAM,
-            "serve",
-            EXPERT,
-            "--served-model-name",
-            NAME,
-            "--port",
-            str(self.port),
-            "--host",
-            "127.0.0.1",
-        ]
-        command += [
+            port = free.getsockname()[1]
+        self.address = f"http://127.0.0.1:{port}"
+        self.url, self.log, self.process = f"{self.address}/v1", log, None
+        where = ["--served-model-name", name, "--host", "127.0.0.1", "--port", str(port)]
+        small = [
             "--dtype",
             "float32",
             "--enforce-eager",
@@ -61,9 +57,16 @@ class Serve:
             "--kv-cache-memory-bytes",
             str(2**26),
         ]
+        self.command = [PROGRAM, "serve", model, *where, *small, *arguments]
+
+    def start(self):
+        """Start, and wait until it answers."""
         environment = {**os.environ, "TORCH_COMPILE_DISABLE": "1", "OMP_NUM_THREADS": "1", "VLLM_NO_USAGE_STATS": "1"}
+        environment |= {"VLLM_SERVER_DEV_MODE": "1", "PYTHONPATH": str(ROOT)}
         with open(self.log, "ab") as log:
-            self.process = subprocess.Popen(command, env=environment, stdout=log, stderr=log, start_new_session=True)
+            self.process = subprocess.Popen(
+                self.command, env=environment, stdout=log, stderr=log, start_new_session=True
+            )
         deadline = time.monotonic() + 400
         while True:
             try:
@@ -86,6 +89,15 @@ def serve(tmp_path_factory):
     yield serve
     if serve.process.poll() is None:
         serve.kill()
+
+
+@pytest.fixture(scope="module")
+def policy_serve(tmp_path_factory):
+    """The policy, as TRL's documentation starts it, and with coins."""
+    flags = ["--logprobs-mode", "processed_logprobs", "--max-logprobs", "-1", "--logits-processors", CLASS]
+    serve = Serve(tmp_path_factory.mktemp("vllm") / "log", POLICY, "grid-policy", *flags).start()
+    yield serve
+    serve.kill()
 
 
 @pytest.fixture(scope="module")
@@ -147,8 +159,105 @@ def test_what_does_not_fit_is_refused(serve, tokenizer):
         expert.draw([text] * 400, list(range(400)), 2.0)
 
 
-def test_training_outlives_a_killed_server(serve, tmp_path):
+# ---- The policy behind a server --------------------------------------------------------------------------------------------------------
+
+COIN = Coin("entropy", 0.0, 1.0, 45, 0)  # its head has no id to spare: padding says heads
+
+
+def test_a_served_policy_with_a_local_expert_follows_the_mixture(policy_serve, models, tokenizer):
+    prompt, ends = tokenizer(path_dataset(1)["prompt"][0]).input_ids, [tokenizer.eos_token_id]
+    sampler = VllmCoinSampler(ServedEngine(policy_serve.address), *models, COIN)
+    settings = {"max_completion_length": 2, "eos_token_ids": ends, "temperature": 0.9}
+    rollout = sampler.sample([prompt] * 1200, entropy_threshold=GUIDANCE.threshold, **settings)
+    counts = Counter(map(tuple, rollout.completion_ids))
+    assert_follows(counts, enumerated_law(*models, prompt, 2, ends, GUIDANCE))
+    for other in (Guidance("constant", max_weight=0.0, vocab_size=45), Guidance("constant", vocab_size=45)):
+        with pytest.raises(AssertionError):
+            assert_follows(counts, enumerated_law(*models, prompt, 2, ends, other))
+    assert_recorded(rollout, *models, [prompt] * 1200, GUIDANCE)
+
+
+def test_policy_and_expert_behind_servers(policy_serve, serve, models, tokenizer):
+    prompts, ends = [tokenizer(text).input_ids for text in path_dataset(48)["prompt"]], [tokenizer.eos_token_id]
+    sampler = VllmCoinSampler(
+        ServedEngine(policy_serve.address), models[0], connect(serve, tokenizer, scores=True), COIN
+    )
+    settings = {"max_completion_length": 26, "eos_token_ids": ends}
+    rollout = sampler.sample(prompts, entropy_threshold=2.0, **settings)
+    assert_recorded(rollout, *models, prompts, Guidance(threshold=2.0, vocab_size=45))
+    weights = torch.tensor([weight for row in rollout.guidance_weights for weight in row])
+    deviation = (weights * (1 - weights)).sum().sqrt().item()
+    assert abs(rollout.expert_forwards - weights.sum().item()) < 4 * deviation
+
+
+def test_a_server_that_flips_no_coins_is_refused(serve, models):
+    with pytest.raises(
+        ValueError, match=r"does not guide: .* Start it with `--logits-processors trl_selective\.engines"
+    ):
+        VllmCoinSampler(ServedEngine(serve.address), *models, COIN)
+
+
+def test_half_a_coin_is_a_request_that_fails(policy_serve):
+    engine = ServedEngine(policy_serve.address)
+    body = {"model": "grid-policy", "prompt": [2], "extra_body": {"vllm_xargs": {"coin_seed": 1}}}
+    with pytest.raises(
+        RuntimeError, match=r"BadRequestError: .*A guided request carries .*Expected `vllm serve` with"
+    ):
+        engine._ask(lambda: engine._client.completions.create(**body))
+
+
+def test_a_policy_server_that_is_not_there():
+    with pytest.raises(RuntimeError, match=r"http://127\.0\.0\.1:9 does not answer as it should: APIConnectionError"):
+        ServedEngine("http://127.0.0.1:9")
+
+
+def test_training_in_server_mode(policy_serve, tmp_path, monkeypatch):
+    """All but how weights get there, for which TRL needs a GPU: here they go by way of a folder."""
+    from trl.generation import vllm_generation
+
+    def sync_weights(generation):
+        generation.model.save_pretrained(tmp_path / "weights")
+        rpc = {"method": "reload_weights", "kwargs": {"weights_path": str(tmp_path / "weights")}}
+        for path, body in (("collective_rpc", json.dumps(rpc).encode()), ("reset_prefix_cache", b"")):
+            headers = {"Content-Type": "application/json"}
+            urlopen(Request(f"{policy_serve.address}/{path}", body, headers, method="POST")).close()
+
+    monkeypatch.setattr(vllm_generation.VLLMClient, "init_communicator", lambda *args, **kwargs: None)
+    monkeypatch.setattr(vllm_generation.VLLMGeneration, "sync_weights", sync_weights)
+    trainer = make_trainer(
+        tmp_path,
+        trainer_class=Watched,
+        use_vllm=True,
+        vllm_mode="server",
+        vllm_server_base_url=policy_serve.address,
+        guided_sampler="auto",
+        reward_funcs=length_reward,
+        learning_rate=1e-2,
+        max_steps=2,
+    )
+    trainer.train()
+    assert max(logged(trainer, "sampling/sampling_logp_difference/max")) < 1e-3  # also behind the first update
+    for batch, output in zip(trainer.batches, trainer.outputs, strict=True):
+        guided = output["is_guided"]
+        assert (output["importance_sampling_ratio"][guided] == 1).all()
+        assert batch.rollout.is_scored
+        weights = torch.tensor([weight for row in batch.rollout.guidance_weights for weight in row])
+        deviation = (weights * (1 - weights)).sum().sqrt().item()
+        assert abs(batch.rollout.expert_forwards - weights.sum().item()) < 4 * deviation
+
+
+# ---- Trouble ---------------------------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("use_vllm", [False, True], ids=["transformers", "vllm"])
+def test_training_outlives_a_killed_server(serve, tmp_path, monkeypatch, use_vllm):
+    """Also with a policy that vLLM samples in this process."""
+    if use_vllm:
+        pytest.importorskip("vllm", reason="vLLM is not installed beside the tests")
+        use_small_engines(monkeypatch)
     run = {
+        "use_vllm": use_vllm,
+        "vllm_mode": "colocate",
         "expert_model": NAME,
         "expert_model_server_url": serve.url,
         "expert_model_server_patience": 2.0,

@@ -7,6 +7,7 @@ import torch
 from transformers import AutoTokenizer
 
 from tests.endpoint import VllmEndpoint
+from tests.engines.fresh_forwards import FreshForwards
 from tests.engines.transformers_engine import TransformersEngine
 from tests.models import tiny_model
 from tests.sampling.reference import (
@@ -18,11 +19,9 @@ from tests.sampling.reference import (
 )
 from tests.sampling.test_law import assert_follows
 from tests.training import POLICY
-from trl_selective.engines.coin import Coin, uniforms_of
+from trl_selective.engines.coin import Coin
 from trl_selective.engines.sampler import VllmCoinSampler, choose_sentinel
 from trl_selective.experts import ExpertServer, ExpertServerError
-from trl_selective.functional.mixed_policy import token_probs
-from trl_selective.sampling.draw import inverse_cdf
 
 EOS = {1, 4}
 HEAD = 8  # of these, 7 ids are tokens
@@ -107,23 +106,6 @@ def test_the_record_is_that_of_the_models(models, setting):
     )
     deviation = (changed * (1 - changed)).sum().sqrt().item()
     assert abs(sum(map(sum, rollout.expert_drawn)) - changed.sum().item()) < 4 * deviation
-
-
-class FreshForwards:
-    """Draws as `ReadingExpert` does, with a forward of the whole text for every token."""
-
-    vocab_size, scores = 7, False
-
-    def __init__(self, model):
-        self.model = model
-
-    @torch.no_grad()
-    def draw(self, texts, seeds, temperature) -> list[int]:
-        logits = [self.model(input_ids=torch.tensor([text]), use_cache=False).logits[0, -1, :7] for text in texts]
-        return inverse_cdf(token_probs(torch.stack(logits), temperature), uniforms_of(torch.tensor(seeds))).tolist()
-
-    def completion_logps(self, prompt_ids, completion_ids):
-        raise AssertionError("it does not score")
 
 
 def test_an_expert_that_reads_now_and_then_says_what_it_would_say_at_once(models, monkeypatch):

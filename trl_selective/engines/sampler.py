@@ -1,7 +1,8 @@
 """Guided rollouts of a policy in a vLLM engine: it writes until a coin shows heads, the expert draws that token, and it writes on."""
 
 import math
-from collections.abc import Collection, Sequence
+from collections.abc import Collection, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
 from functools import partial
 
@@ -97,7 +98,8 @@ class VllmCoinSampler:
         rows = [Row(list(ids), min(max_completion_length, self.engine.max_model_len - len(ids))) for ids in prompt_ids]
         asking = self._asking(rows, temperature)
         writing = Writing(self.engine, asking, rows, coin, temperature, eos_token_ids)
-        writing.run(self.first_token_from_expert)
+        with _generators_as_they_were(self.policy):
+            writing.run(self.first_token_from_expert)
         return self._record(rows, coin, temperature)
 
     def _asking(self, rows: list[Row], temperature: float) -> Asking:
@@ -211,6 +213,14 @@ class Writing:
         """For the next token of this row."""
         position = torch.tensor([len(self.rows[number].text)])
         return int(position_seeds(self.seeds[number : number + 1], position, purpose))
+
+
+@contextmanager
+def _generators_as_they_were(policy: nn.Module) -> Iterator[None]:
+    """An engine in this process takes numbers from torch's generators in each of its steps, whose count depends on how fast others answer."""
+    device = next(policy.parameters()).device
+    with torch.random.fork_rng([device] if device.type == "cuda" else []):
+        yield
 
 
 def choose_sentinel(
