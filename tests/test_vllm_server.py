@@ -162,19 +162,22 @@ def test_what_does_not_fit_is_refused(serve, tokenizer):
 # ---- The policy behind a server --------------------------------------------------------------------------------------------------------
 
 COIN = Coin("entropy", 0.0, 1.0, 45, 0)  # its head has no id to spare: padding says heads
+WITHOUT_PADDING = (
+    1e-3  # which the policy draws with a probability of some 1e-5, is left out of its law, and not of the reference's
+)
 
 
 def test_a_served_policy_with_a_local_expert_follows_the_mixture(policy_serve, models, tokenizer):
     prompt, ends = tokenizer(path_dataset(1)["prompt"][0]).input_ids, [tokenizer.eos_token_id]
     sampler = VllmCoinSampler(ServedEngine(policy_serve.address), *models, COIN)
     settings = {"max_completion_length": 2, "eos_token_ids": ends, "temperature": 0.9}
-    rollout = sampler.sample([prompt] * 1200, entropy_threshold=GUIDANCE.threshold, **settings)
+    rollout = sampler.sample([prompt] * 1600, entropy_threshold=GUIDANCE.threshold, **settings)
     counts = Counter(map(tuple, rollout.completion_ids))
     assert_follows(counts, enumerated_law(*models, prompt, 2, ends, GUIDANCE))
     for other in (Guidance("constant", max_weight=0.0, vocab_size=45), Guidance("constant", vocab_size=45)):
         with pytest.raises(AssertionError):
             assert_follows(counts, enumerated_law(*models, prompt, 2, ends, other))
-    assert_recorded(rollout, *models, [prompt] * 1200, GUIDANCE)
+    assert_recorded(rollout, *models, [prompt] * 1600, GUIDANCE, tolerance=WITHOUT_PADDING)
 
 
 def test_policy_and_expert_behind_servers(policy_serve, serve, models, tokenizer):
@@ -184,7 +187,7 @@ def test_policy_and_expert_behind_servers(policy_serve, serve, models, tokenizer
     )
     settings = {"max_completion_length": 26, "eos_token_ids": ends}
     rollout = sampler.sample(prompts, entropy_threshold=2.0, **settings)
-    assert_recorded(rollout, *models, prompts, Guidance(threshold=2.0, vocab_size=45))
+    assert_recorded(rollout, *models, prompts, Guidance(threshold=2.0, vocab_size=45), WITHOUT_PADDING)
     weights = torch.tensor([weight for row in rollout.guidance_weights for weight in row])
     deviation = (weights * (1 - weights)).sum().sqrt().item()
     assert abs(rollout.expert_forwards - weights.sum().item()) < 4 * deviation

@@ -1,5 +1,7 @@
 """Training whose rollouts are drawn by vLLM in this process, through the front door."""
 
+from importlib.util import find_spec
+
 import pytest
 import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer
@@ -20,8 +22,11 @@ from tests.training import (
 )
 from trl_selective.experts import ExpertServerError, completion_logps
 
-pytestmark = [pytest.mark.vllm, pytest.mark.timeout(600)]
-pytest.importorskip("vllm", reason="vLLM is not installed")
+pytestmark = [
+    pytest.mark.vllm,
+    pytest.mark.timeout(600),
+    pytest.mark.skipif(find_spec("vllm") is None, reason="vLLM is not installed"),
+]
 
 VLLM = {
     "use_vllm": True,

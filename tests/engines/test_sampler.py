@@ -196,7 +196,7 @@ def test_an_engine_that_flips_no_coins_is_refused(models):
         def submit(self, request, coin, *settings):
             super().submit(request, Coin("constant", 0.0, 0.0, 7, 7), *settings)
 
-    message = r"does not guide: it answered \[\(0, \[\d\]\)\] where it had to answer 7\. .*--logits-processors trl_selective\.engines\.processor:CoinLogits"
+    message = r"does not guide: it drew \[\d, \d.*\] where it had to draw 7\. .*--logits-processors trl_selective\.engines\.processor:CoinLogits"
     with pytest.raises(ValueError, match=message):
         sampler(models, Guidance(), engine=Plain(models[0]))
 

@@ -21,9 +21,16 @@ from trl_selective.engines.engine import CLASS, LocalEngine, Request, check_vers
 from trl_selective.engines.sampler import VllmCoinSampler
 from trl_selective.experts import ExpertServer, completion_logps
 
-pytestmark = [pytest.mark.vllm, pytest.mark.timeout(600)]
-vllm = pytest.importorskip("vllm", reason="vLLM is not installed")
-VLLMValidationError = pytest.importorskip("vllm.exceptions").VLLMValidationError
+try:
+    import vllm
+except ImportError:
+    vllm = None
+
+pytestmark = [
+    pytest.mark.vllm,
+    pytest.mark.timeout(600),
+    pytest.mark.skipif(vllm is None, reason="vLLM is not installed"),
+]
 
 EOS = {1, 4}
 SETTINGS = {
@@ -181,7 +188,7 @@ def test_half_a_coin_is_refused_at_admission(llm):
         (Coin("entropy", 1.0, 1.0, 7, 7).arguments(0), 0.0, "A guided request needs temperature > 0, got 0"),
     ):
         params = vllm.SamplingParams(max_tokens=1, extra_args=extra, temperature=temperature)
-        with pytest.raises(VLLMValidationError, match=message):
+        with pytest.raises(vllm.exceptions.VLLMValidationError, match=message):
             llm.generate([{"prompt_token_ids": [2]}], params, use_tqdm=False)
 
 
@@ -211,7 +218,7 @@ def test_a_runner_of_the_second_generation_gets_the_same_rows():
     validate = build_custom_logits_processors_params_validator([CLASS])
     for each in (*params, plain):
         validate(each)
-    with pytest.raises(VLLMValidationError, match="A guided request carries"):
+    with pytest.raises(vllm.exceptions.VLLMValidationError, match="A guided request carries"):
         validate(vllm.SamplingParams(extra_args={"coin_seed": 1}))
     assert processor.add_request(5, params[0])
     assert processor.add_request(2, params[1])
@@ -219,12 +226,13 @@ def test_a_runner_of_the_second_generation_gets_the_same_rows():
     processor.add_request(3, params[0])
     assert not processor.add_request(3, plain)  # the slot has another request now
 
-    rows = [(2, 9), (0, 4), (5, 6), (5, 7), (5, 8), (3, 1)]  # slot, position of the token that was read
+    drafts = [(5, position) for position in range(6, 18)]
+    rows = [(2, 9), (0, 4), *drafts, (3, 1)]  # slot, position of the token that was read
     slots, read = zip(*rows, strict=True)
     context = SimpleNamespace(
         expanded_idx_mapping=torch.tensor(slots), pos=torch.tensor(read), idx_mapping_np=np.array([2, 0, 5, 3])
     )
-    logits = torch.randn(6, 8) * 2
+    logits = torch.randn(len(rows), 8) * 2
     out = processor.apply(logits.clone(), context)
     for row, (slot, position) in enumerate(rows):
         expected = logits[row : row + 1]
@@ -232,8 +240,8 @@ def test_a_runner_of_the_second_generation_gets_the_same_rows():
             seed = torch.tensor([12 if slot == 2 else 11])
             expected = coin.flip(expected, 0.7, seed, torch.tensor([position + 1]))
         assert torch.equal(out[row : row + 1], expected)
-    assert (out[:, 7] == 0).any()
-    assert (out[[0, 2, 3, 4], 7] == -torch.inf).any()
+    heads = (out[2:-1, 7] == 0).sum().item()
+    assert 0 < heads < len(drafts)
     nobody = SimpleNamespace(idx_mapping_np=np.array([0, 3]))  # nothing else is read
     assert torch.equal(processor.apply(logits.clone(), nobody), logits)
 
@@ -250,11 +258,11 @@ def test_another_vllm_is_refused(monkeypatch):
 
 
 def test_models_whose_every_id_is_a_token():
-    """Padding is the sentinel, which the policy hardly ever draws."""
+    """Padding is the sentinel, which the policy hardly ever draws: the reference, which has it in the law, differs by some p log p."""
     models = [AutoModelForCausalLM.from_pretrained(name) for name in (POLICY, EXPERT)]
     tokenizer = AutoTokenizer.from_pretrained(POLICY)
     prompts = [tokenizer(text).input_ids for text in path_dataset(8)["prompt"]] * 8
     guidance = Guidance(threshold=1.0, vocab_size=45)
     rollout = sample(engine_of(POLICY), models, guidance, prompts, 26, eos=[1], sentinel=0)
-    assert_recorded(rollout, *models, prompts, guidance)
+    assert_recorded(rollout, *models, prompts, guidance, tolerance=1e-3)
     assert 0.2 < rollout.expert_forwards / rollout.num_tokens < 0.8
