@@ -40,7 +40,7 @@ TRAINING = [
     ),
     *mutations(
         "trainer.py",
-        ("temperature=self.temperature,\n                is_guided", "temperature=1.0,\n                is_guided", "guided rows at temperature 1"),
+        ("temperature=self.temperature,\n                **rows", "temperature=1.0,\n                **rows", "guided rows at temperature 1"),
         tests=("test_trainer.py::test_the_record_agrees_with_the_forward_of_the_loss",),
     ),
     *mutations(

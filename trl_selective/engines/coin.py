@@ -14,7 +14,7 @@ from dataclasses import asdict, dataclass, fields
 from typing import Any
 
 import torch
-from jaxtyping import Bool, Float, Int
+from jaxtyping import Float, Int
 from torch import Tensor
 
 from trl_selective.functional.mixed_policy import WEIGHTINGS, entropy, token_probs
@@ -106,13 +106,8 @@ class Coin:
             positions: of the tokens to be drawn, counted from the start of the text.
         """
         logits = self.restrict(logits)
-        is_heads = (
-            uniforms_of(position_seeds(seeds, positions, COIN))
-            < self.weight(entropy(token_probs(logits, temperature))).double()
-        )
-        return self._forced(logits, is_heads)
-
-    def _forced(self, logits: Float[Tensor, "rows head"], is_heads: Bool[Tensor, "rows"]) -> Tensor:
+        weight = self.weight(entropy(token_probs(logits, temperature)))
+        is_heads = uniforms_of(position_seeds(seeds, positions, COIN)) < weight
         is_sentinel = torch.arange(logits.shape[-1], device=logits.device) == self.sentinel
         sentinel_alone = torch.where(is_sentinel, 0.0, -torch.inf).to(logits.dtype)
         return torch.where(is_heads.unsqueeze(-1), sentinel_alone, logits)
