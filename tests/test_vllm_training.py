@@ -9,6 +9,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 from tests.endpoint import VllmEndpoint
 from tests.engines.vllm_on_cpu import use_small_engines
 from tests.test_server_training import Watched, logged, serving
+from tests.test_shared_base import shared
 from tests.training import (
     EXPERT,
     INJECTED,
@@ -72,11 +73,14 @@ def test_two_guided_steps(tmp_path, expert):
         assert batch.rollout.is_scored
         for row, ids in zip(batch.guided_rows, batch.rollout.completion_ids, strict=True):
             assert output["completion_ids"][row][: len(ids)].tolist() == ids
-    # the record of the last batch is that of the policy before its update: what the loss took as old
-    batch, output = trainer.batches[-1], trainer.outputs[-1]
+        assert_recorded(trainer, batch, output, expert)
+
+
+def assert_recorded(trainer, batch, output, expert):
+    """The record of guided rows is that of the policy before its update, which the loss took as old, and of the expert."""
     prompts, completions = guided_texts(trainer, batch)
     scored = completion_logps(expert, prompts, completions)
-    for row, number in zip(batch.guided_rows, range(len(completions)), strict=True):
+    for number, row in enumerate(batch.guided_rows):
         length = len(completions[number])
         policy = torch.tensor(batch.rollout.policy_per_token_logps[number])
         torch.testing.assert_close(policy, output["old_per_token_logps"][row, :length], rtol=0, atol=2e-4)
@@ -87,6 +91,18 @@ def test_two_guided_steps(tmp_path, expert):
         advantages = output["advantages"][row, :length]  # with the weight pi_theta / pi_mix
         ratio = policy.exp() / mixed
         torch.testing.assert_close(advantages, advantages[0] / ratio[0] * ratio, rtol=1e-3, atol=1e-5)
+
+
+def test_an_adapter_that_its_base_guides(tmp_path):
+    """The engine gets the merged weights of each step, while the expert stays the base."""
+    trainer = shared(tmp_path, **GUIDED, learning_rate=1e-1, guided_importance_correction="token_truncate")
+    trainer.train()
+    assert max(logged(trainer, "sampling/sampling_logp_difference/max")) < 1e-3
+    base = AutoModelForCausalLM.from_pretrained(POLICY)
+    for batch, output in zip(trainer.batches, trainer.outputs, strict=True):
+        assert_recorded(trainer, batch, output, base)
+    ratios = [ratio.abs().max().item() for ratio in trainer.batches[-1].rollout.log_ratios()]
+    assert max(ratios) > 0.01  # by then the policy is another one
 
 
 @pytest.mark.parametrize("mode", ["sequence_mask", "token_truncate"])

@@ -7,7 +7,7 @@ import torch
 from scipy.stats import chisquare, kstest
 
 from tests.sampling.reference import entropy_of
-from trl_selective.engines.coin import COIN, EXPERT, Coin, position_seeds, uniforms_of
+from trl_selective.engines.coin import COIN, EXPERT, POLICY, Coin, position_seeds, uniforms_of
 
 NUM = 20_000
 
@@ -92,6 +92,12 @@ def test_numbers_are_uniform_and_independent_of_row_position_and_purpose():
     seeds = position_seeds(torch.full((NUM,), 2**62 - 1), positions, COIN)
     assert seeds.min() >= 0
     assert len(seeds.unique()) == NUM
+
+
+def test_no_two_tokens_and_no_two_purposes_share_a_number():
+    positions, row = torch.arange(1000), torch.full((1000,), 7)
+    numbers = torch.cat([position_seeds(row, positions, purpose) for purpose in (COIN, POLICY, EXPERT)])
+    assert len(numbers.unique()) == 3000
 
 
 def test_a_request_carries_its_coin():

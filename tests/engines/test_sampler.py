@@ -169,6 +169,8 @@ def test_rows_do_not_wait_for_each_other(models):
     engine = TransformersEngine(models[0])
     rollout = sample(models, Guidance("constant", max_weight=0.2), [[3]] * 32, 20, engine=engine)
     assert rollout.num_tokens == 640
+    assert len({request.seed for request in engine.requests}) == len(engine.requests) > 100  # no draw is repeated
+    assert len({request.coin_seed for request in engine.requests if request.text == [3]}) == 32
     assert engine.num_steps < 45
 
 
