@@ -83,7 +83,7 @@ def assert_law(rollout, models, guidance):
 @pytest.mark.parametrize("setting", SETTINGS)
 def test_completions_follow_the_mixture(llm, models, setting):
     guidance = SETTINGS[setting]
-    rollout = sample(llm, models, guidance, PROMPTS * 1200, 3, eos=EOS)
+    rollout = sample(llm, models, guidance, PROMPTS * 700, 3, eos=EOS)
     assert_law(rollout, models, guidance)
 
 
@@ -91,7 +91,7 @@ def test_with_an_expert_behind_a_server_they_do_as_well(llm, models):
     guidance, expert = Guidance(threshold=4.0), tiny_model(seed=2)
     with VllmEndpoint(expert, encode=lambda text: [2]) as endpoint:
         server = ExpertServer(endpoint.url, endpoint.name, vocab_size=7, eos_token_ids=EOS)
-        rollout = sample(llm, models, guidance, PROMPTS * 700, 3, eos=EOS, expert=server)
+        rollout = sample(llm, models, guidance, PROMPTS * 400, 3, eos=EOS, expert=server)
         assert_law(rollout, (models[0], expert), guidance)
         assert len(endpoint.requests) == rollout.expert_forwards
 

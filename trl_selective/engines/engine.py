@@ -14,10 +14,9 @@ from trl_selective.engines.coin import Coin
 from trl_selective.experts.endpoint import endpoint_client, failure_reason
 
 CLASS = "trl_selective.engines.processor:CoinLogitsProcessor"
-OLDEST, NEWEST = (
-    Version("0.22"),
-    Version("0.31"),
-)  # minor versions of vLLM whose interfaces were read; run was 0.31.0, on a CPU
+# Minor versions of vLLM whose interfaces were read. 0.31.0 was run, on a CPU.
+OLDEST, NEWEST = Version("0.22"), Version("0.31")
+EXPECTED = f"Expected `vllm serve` with `--logits-processors {CLASS}`."
 NUM_PROBES = 8
 MOMENT = 0.01  # seconds for a look at what has come back
 
@@ -89,11 +88,14 @@ def check_flips(engine: Engine, coin: Coin) -> None:
         ValueError: if it does not.
     """
     certain = Coin("constant", 0.0, 1.0, coin.vocab_size, coin.sentinel)
-    for row in range(NUM_PROBES):
-        engine.submit(Request(row, [0], 1, seed=row, coin_seed=row), certain, 1.0, [coin.sentinel])
     drawn: list[int] = []
-    while engine.is_busy:
-        drawn += [ids[0] for _, ids in engine.poll(True)]
+    try:
+        for row in range(NUM_PROBES):
+            engine.submit(Request(row, [0], 1, seed=row, coin_seed=row), certain, 1.0, [coin.sentinel])
+        while engine.is_busy:
+            drawn += [token for _, ids in engine.poll(patient=True) for token in ids]
+    finally:
+        engine.abort()
     if drawn != [coin.sentinel] * NUM_PROBES:
         raise ValueError(
             f"The vLLM engine of the policy does not guide: it drew {drawn} where it had to draw {coin.sentinel}. Start it with "
@@ -105,7 +107,8 @@ class LocalEngine:
     """An engine of vLLM in this process (`vllm.LLM`), whose steps are taken here."""
 
     def __init__(self, llm: Any):
-        self._engine, self._rows, self._number = llm.llm_engine, {}, 0  # type: ignore[var-annotated]
+        self._engine, self._number = llm.llm_engine, 0
+        self._rows: dict[str, int] = {}  # by request
         self.max_model_len: int = self._engine.model_config.max_model_len
 
     @property
@@ -157,9 +160,11 @@ class ServedEngine:
         self._client = endpoint_client(f"{url.rstrip('/')}/v1", timeout=3600.0, max_retries=2)
         self._pool = ThreadPoolExecutor(concurrency, thread_name_prefix="policy-server")
         self._flight: dict[Future, int] = {}
-        (model,) = self._ask(lambda: list(self._client.models.list().data))[:1]
-        self._model: str = model.id
-        self.max_model_len: int = model.max_model_len
+        served = self._ask(self._client.models.list).data
+        self._model: str = served[0].id if served else ""
+        self.max_model_len: int = getattr(served[0], "max_model_len", 0) if served else 0
+        if not self.max_model_len:
+            raise RuntimeError(f"{url} serves no policy as `vllm serve` does. {EXPECTED}")
 
     @property
     def is_busy(self) -> bool:
@@ -194,7 +199,8 @@ class ServedEngine:
     def poll(self, patient: bool) -> Iterator[Answer]:
         done = wait(self._flight, None if patient else MOMENT, FIRST_COMPLETED).done
         for future in done:
-            yield self._flight.pop(future), self._ask(future.result).choices[0].token_ids
+            (choice,) = self._ask(future.result).choices
+            yield self._flight.pop(future), getattr(choice, "token_ids", None) or []
 
     def abort(self) -> None:
         for future in self._flight:
@@ -208,6 +214,4 @@ class ServedEngine:
             return question()
         except OpenAIError as error:
             reason = failure_reason(error, self._client, "vllm_server_base_url")
-        raise RuntimeError(
-            f"The policy's server at {self.url} does not answer as it should: {reason} Expected `vllm serve` with `--logits-processors {CLASS}`."
-        )
+        raise RuntimeError(f"The policy's server at {self.url} does not answer as it should: {reason} {EXPECTED}")
