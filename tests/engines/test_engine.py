@@ -1,9 +1,12 @@
 """A server of the policy that is none, without vLLM. The real ones: tests/engines/test_vllm.py and tests/test_vllm_server.py."""
 
+from importlib.util import find_spec
+
 import pytest
 
 from tests.endpoint import VllmEndpoint
 from tests.models import tiny_model
+from tests.training import make_trainer
 from trl_selective.engines.coin import Coin
 from trl_selective.engines.engine import ServedEngine, check_flips
 
@@ -56,3 +59,11 @@ def test_a_policy_server_that_fails_ends_the_rollout():
         with pytest.raises(RuntimeError, match=r"does not answer as it should: BadRequestError: .*no such coin"):
             check_flips(engine, Coin("entropy", 1.0, 1.0, 7, 7))
         assert not engine.is_busy
+
+
+@pytest.mark.skipif(find_spec("vllm") is not None, reason="vLLM is installed")
+def test_without_vllm_trl_says_what_is_missing(tmp_path):
+    with pytest.raises(
+        ImportError, match=r"vLLM is not available and `use_vllm` is set to True\. Please install vLLM"
+    ):
+        make_trainer(tmp_path, use_vllm=True, vllm_mode="colocate", guided_sampler="auto")
