@@ -154,6 +154,18 @@ def test_a_server_that_is_gone_ends_the_rollout(models, served):
     assert not engine.is_busy
 
 
+def test_an_error_leaves_no_request_behind(models):
+    class Broken(FreshForwards):
+        def draw(self, texts, seeds, temperature):
+            raise RuntimeError("gone")
+
+    engine = TransformersEngine(models[0])
+    with pytest.raises(RuntimeError, match="gone"):
+        sample(models, Guidance("constant", max_weight=0.1), [[3]] * 40, 40, expert=Broken(models[1]), engine=engine)
+    assert engine.num_steps < 40  # while others were still written
+    assert not engine.is_busy
+
+
 def test_a_seed_is_a_rollout_whatever_else_is_in_the_batch(models):
     """All numbers belong to a row and a position: the first rows do not see those behind them."""
 
