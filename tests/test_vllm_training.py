@@ -1,5 +1,6 @@
 """Training whose rollouts are drawn by vLLM in this process, through the front door."""
 
+import os
 from importlib.util import find_spec
 
 import pytest
@@ -55,9 +56,11 @@ def guided_texts(trainer, batch):
     return prompts, batch.rollout.completion_ids
 
 
-def test_two_guided_steps(tmp_path, expert):
+def test_two_guided_steps(tmp_path, expert, monkeypatch):
     """The engine has the weights of each step; the record is theirs; TRL's ratio is 1 on guided rows and its own on the others."""
+    monkeypatch.delenv("VLLM_USE_V2_MODEL_RUNNER", raising=False)
     trainer = make_trainer(tmp_path, **GUIDED, learning_rate=1e-2, guided_importance_correction="token_truncate")
+    assert os.environ["VLLM_USE_V2_MODEL_RUNNER"] == "0"  # the runner of the first generation, unless the user chooses
     start = [parameter.detach().clone() for parameter in trainer.model.parameters()]
     trainer.train()
     assert trainer.state.global_step == 2
@@ -164,12 +167,14 @@ def watch_requests(trainer) -> list:
 
 
 @pytest.mark.parametrize("settings", [PLAIN, INJECTED], ids=["off", "injected"])
-def test_without_guided_rollouts_the_engine_is_trls(tmp_path, settings):
-    """No processor of ours is in it; injected rows have the ratio 1, since the engine has not drawn them."""
+def test_without_guided_rollouts_the_engine_is_trls(tmp_path, settings, monkeypatch):
+    """No processor of ours is in it, and the choice of its runner is vLLM's; injected rows have the ratio 1, since the engine has not drawn them."""
     changes = {**VLLM, "guided_sampler": None, "settings": settings, "max_steps": 2}
     if settings is INJECTED:
         changes |= {"train_dataset": expert_dataset(), "injection_trigger": "always", "injection_advantage": "group"}
+    monkeypatch.delenv("VLLM_USE_V2_MODEL_RUNNER", raising=False)
     trainer = make_trainer(tmp_path, **changes)
+    assert "VLLM_USE_V2_MODEL_RUNNER" not in os.environ
     requests = watch_requests(trainer)
     config = trainer.vllm_generation.llm.llm_engine.model_config
     assert not config.logits_processors

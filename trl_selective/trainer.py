@@ -227,6 +227,7 @@ class SelectiveGuidanceGRPOTrainer(GRPOTrainer):
         check_version()
         from trl_selective.engines.processor import CoinLogitsProcessor
 
+        os.environ.setdefault("VLLM_USE_V2_MODEL_RUNNER", "0")  # the runner that was tested; the processor fits both
         vllm_generation.LLM = partial(build, logits_processors=[CoinLogitsProcessor])
         try:
             yield
