@@ -24,6 +24,7 @@ PARTS = [
     "resuming",
     "sampling",
     "experts",
+    "engines",
     "selection",
     "injection",
     "guided_batch",

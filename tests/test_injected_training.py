@@ -16,6 +16,7 @@ from trl import GRPOConfig, GRPOTrainer
 
 from tests.training import (
     EXPERT,
+    GUIDED,
     INJECTED,
     PLAIN,
     POLICY,
@@ -541,6 +542,27 @@ def test_the_ratio_of_an_inference_engine_is_1_on_injected_rows(tmp_path, mode):
             torch.testing.assert_close(ratio[~rows], expected[~rows], rtol=1e-2, atol=0)
         else:
             torch.testing.assert_close(ratio[~rows][tokens[~rows]], expected[~rows][tokens[~rows]], rtol=1e-3, atol=0)
+
+
+def test_the_ratio_of_an_inference_engine_is_1_on_guided_rows(tmp_path):
+    """It did not draw them either: half of their tokens are the expert's, and what is beside them has its own weight."""
+    trainer = make_trainer(
+        tmp_path,
+        trainer_class=Watched,
+        settings=GUIDED,
+        max_steps=1,
+        vllm_importance_sampling_mode="token_truncate",
+        vllm_importance_sampling_clip_max=1e9,
+    )
+    trainer.use_vllm, trainer.vllm_generation = True, Engine(trainer)
+    trainer.vllm_mode, trainer._last_loaded_step = "colocate", -1
+    trainer.train()
+    (output,) = trainer.outputs
+    ratio, guided, tokens = (output[name] for name in ("importance_sampling_ratio", "is_guided", "completion_mask"))
+    assert guided.sum() == 8
+    assert (ratio[guided] == 1).all()
+    own = ratio[~guided][tokens[~guided].bool()]
+    torch.testing.assert_close(own, torch.full_like(own, 2.0), rtol=1e-3, atol=0)
 
 
 # ---- Rewards ---------------------------------------------------------------------------------------------------------------------------

@@ -8,6 +8,7 @@ import pytest
 import torch
 from trl import GRPOTrainer
 from trl.chat_template_utils import parse_response
+from trl.generation import vllm_generation
 from trl.models.utils import unwrap_model_for_generation
 from trl.trainer.utils import is_async_callable
 
@@ -48,7 +49,7 @@ def test_the_hook_that_is_bound_by_name():
 
 def test_every_override_exists_in_trl():
     """A hook that TRL renames would be a method that nobody calls."""
-    own = {"_settings_in_use", "_needs_expert", "_check_policy", "_set_up_expert", "_expert_behind_server", "_expert_on_base", "_set_up_guidance", "_set_up_injection", "_render", "_initial_policy",
+    own = {"_settings_in_use", "_needs_expert", "_check_policy", "_set_up_expert", "_expert_behind_server", "_expert_on_base", "_set_up_guidance", "_coins_in_the_engine", "_local_sampler", "_vllm_sampler", "_set_up_injection", "_render", "_initial_policy",
            "_sum_over_processes", "_plan_batch", "_entropy_threshold", "_guidance_coef", "_can_sample_together", "_sample_guided", "whole_policy", "_expert_at_hand", "_inject",
            "_score_completions", "_expert_logps", "_decode", "_policy_logps", "_log_last_injected", "_behaviour_logps", "_log_columns",
            "_rewards", "_rewards_by_group", "_was_guided", "_apply_guidance", "_label_rows", "_bind_to_policy", "_log_batch",
@@ -175,6 +176,23 @@ def test_the_loss_reads_advantages_and_old_log_probs_after_its_forward(trainer, 
     monkeypatch.setattr(trainer, "_get_per_token_logps_and_entropies", bind)
     after = trainer._compute_loss(trainer.model, bound)
     torch.testing.assert_close(after, 2 * math.exp(-0.1) * before, rtol=1e-4, atol=1e-7)
+
+
+def test_the_engine_is_built_by_a_name_of_its_module():
+    """trainer.py: `_coins_in_the_engine` exchanges `LLM` there for one with our logits processor, and `_vllm_sampler` takes what comes of it."""
+    build = vllm_generation.VLLMGeneration._init_vllm
+    assert build.__globals__ is vars(vllm_generation)
+    assert {"LLM", "llm"} <= set(build.__code__.co_names)  # self.llm = LLM(...)
+    built_by = GRPOTrainer.__init__.__globals__["VLLMGeneration"]
+    assert built_by is vllm_generation.VLLMGeneration
+    assert "vllm_generation" in GRPOTrainer.__init__.__code__.co_names  # self.vllm_generation
+
+
+def test_what_an_engine_draws_is_scored_token_by_token():
+    """trainer.py: `_generate_single_turn` puts NaN beside TRL's numbers, one list for each row, and counts on the ratio 1 for them."""
+    source = inspect.getsource(GRPOTrainer)
+    assert "logprobs = [[lp[0] for lp in seq] for seq in logprobs]" in source
+    assert "per_token_logps_diff = torch.nan_to_num(per_token_logps_diff, nan=0.0)" in source
 
 
 def test_parsing_of_answers_takes_the_prompt():

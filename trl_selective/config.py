@@ -192,7 +192,8 @@ class SelectiveGuidanceGRPOConfig(GRPOConfig):
 
         guided_sampler (`str`, *optional*, defaults to `"auto"`):
             `"speculative"` (the policy drafts, the expert verifies), `"coin"` (the expert reads where a coin of weight w shows heads),
-            `"stepwise"` (both models at every token), or `"auto"`: speculative if both models have full attention, else coin.
+            `"stepwise"` (both models at every token), or `"auto"`: speculative if both models have full attention, else coin. With
+            `use_vllm=True` it is coin.
         draft_length (`int`, *optional*):
             Tokens drafted per round of the speculative sampler. When unset, chosen from the acceptance and the forward costs measured so
             far; set it where two runs must agree to the last bit.
@@ -513,10 +514,7 @@ class SelectiveGuidanceGRPOConfig(GRPOConfig):
                 "on-policy ones. Leave it unset and use `temperature` and `max_completion_length`."
             )
         if self.use_vllm:
-            raise ValueError(
-                "use_vllm=True cannot be combined with num_guided_generations > 0 yet. Set use_vllm=False: rollouts are then generated with "
-                "transformers."
-            )
+            self._check_vllm()
         if self.importance_sampling_level == "sequence" and self.guided_importance_correction.startswith("token"):
             raise ValueError(
                 f"importance_sampling_level='sequence' has one ratio per completion, but guided_importance_correction="
@@ -527,6 +525,33 @@ class SelectiveGuidanceGRPOConfig(GRPOConfig):
             raise ValueError(
                 f"guided_importance_correction={self.guided_importance_correction!r} needs the probabilities of the current policy, but with "
                 "mixture_policy='initial' the sampler sees only those of the initial one. Use mixture_policy='current' or 'none'."
+            )
+
+    def _check_vllm(self) -> None:
+        if self.guided_sampler not in ("auto", "coin"):
+            raise ValueError(
+                f"guided_sampler={self.guided_sampler!r} needs the distributions of the policy, but with use_vllm=True an engine draws from them. Use "
+                "'coin' or 'auto', or set use_vllm=False."
+            )
+        if self.mixture_policy == "initial":
+            raise ValueError(
+                "mixture_policy='initial' needs the initial policy beside the trained one, but with use_vllm=True the engine has the trained one "
+                "alone. Use mixture_policy='current', or set use_vllm=False."
+            )
+        if self.vllm_structured_outputs_regex is not None:
+            raise ValueError(
+                f"Guided rollouts are drawn from the full distribution, got vllm_structured_outputs_regex={self.vllm_structured_outputs_regex!r}. "
+                "Unset it."
+            )
+        if self.vllm_mode == "colocate" and self.vllm_enable_sleep_mode:
+            raise ValueError(
+                "vllm_enable_sleep_mode=True puts the engine to sleep before guided rollouts are drawn. Set it to False, and lower "
+                "vllm_gpu_memory_utilization instead."
+            )
+        if self.vllm_mode == "colocate" and self.vllm_tensor_parallel_size > 1:
+            raise ValueError(
+                f"vllm_tensor_parallel_size={self.vllm_tensor_parallel_size} spreads one engine over processes, each of which writes guided rollouts of "
+                "its own. Set it to 1, or use vllm_mode='server'."
             )
 
     def _check_server(self) -> None:
@@ -609,6 +634,7 @@ class SelectiveGuidanceGRPOConfig(GRPOConfig):
             f"guided_sampler={self.guided_sampler!r}": self.guided_sampler in ("coin", "stepwise")
             and {"draft_length", "max_draft_length"},
             "no expert_model_server_url": self.expert_model_server_url is None and {"expert_model_server_patience"},
+            "use_vllm=True, which takes no drafts": self.use_vllm and {"draft_length", "max_draft_length"},
             "an expert behind a server, which takes no drafts": self.expert_model_server_url is not None
             and {"draft_length", "max_draft_length"},
             f"draft_length={self.draft_length}": self.draft_length is not None and {"max_draft_length"},

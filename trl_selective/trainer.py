@@ -24,6 +24,7 @@ from torch.nn.utils.rnn import pad_sequence
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from trl import GRPOConfig, GRPOTrainer
 from trl.chat_template_utils import parse_response
+from trl.generation import vllm_generation
 from trl.models.utils import unwrap_model_for_generation
 from trl.trainer.utils import is_async_callable
 
@@ -40,6 +41,9 @@ from trl_selective.checks import (
     refuse_update,
 )
 from trl_selective.config import GUIDANCE_FIELDS, TRUNCATED, SelectiveGuidanceGRPOConfig
+from trl_selective.engines.coin import Coin
+from trl_selective.engines.engine import LocalEngine, ServedEngine, check_version
+from trl_selective.engines.sampler import VllmCoinSampler, choose_sentinel
 from trl_selective.experts import (
     CompletionReader,
     Expert,
@@ -73,7 +77,7 @@ from trl_selective.reporting.metrics import (
 )
 from trl_selective.reporting.rollouts import LoggedBatch, rollout_rows, write_rollouts
 from trl_selective.rollout import GuidedRollout
-from trl_selective.sampling import make_sampler
+from trl_selective.sampling import GuidedSampler, make_sampler
 from trl_selective.selection import Selector, Trigger, make_selector, make_trigger
 from trl_selective.sharding import check_gathers, check_second_models, check_whole, loading_whole, unsharded
 from trl_selective.state import STATE_FILE, saved_state, write_state
@@ -163,7 +167,9 @@ class SelectiveGuidanceGRPOTrainer(GRPOTrainer):
                 stacklevel=2,
             )
 
-        super().__init__(model, reward_funcs, args, *trl_args, **trl_kwargs)
+        flips = self.num_guided_generations and args.use_vllm and args.vllm_mode == "colocate"
+        with self._coins_in_the_engine() if flips else nullcontext():
+            super().__init__(model, reward_funcs, args, *trl_args, **trl_kwargs)
 
         self._batch: GuidedBatch | None = None  # while a guided batch is generated and scored
         self._loss_inputs: dict | None = None  # while the loss of a micro-batch is computed
@@ -218,6 +224,23 @@ class SelectiveGuidanceGRPOTrainer(GRPOTrainer):
                 stacklevel=3,
             )
         return False
+
+    @contextmanager
+    def _coins_in_the_engine(self) -> Iterator[None]:
+        """TRL builds its engine of vLLM with our logits processor, for which it has no argument. Without vLLM, it says what is missing."""
+        build = getattr(vllm_generation, "LLM", None)
+        if build is None:
+            yield
+            return
+        check_version()
+        from trl_selective.engines.processor import CoinLogitsProcessor
+
+        os.environ.setdefault("VLLM_USE_V2_MODEL_RUNNER", "0")  # the runner that was tested; the processor fits both
+        vllm_generation.LLM = partial(build, logits_processors=[CoinLogitsProcessor])
+        try:
+            yield
+        finally:
+            vllm_generation.LLM = build
 
     def _check_policy(self) -> None:
         for setting in self._settings_in_use():
@@ -282,7 +305,18 @@ class SelectiveGuidanceGRPOTrainer(GRPOTrainer):
     def _set_up_guidance(self) -> None:
         args = self.args
         check_generation_config(self.model.generation_config)
-        self._sampler = make_sampler(
+        self._sampler = self._vllm_sampler() if self.use_vllm else self._local_sampler()
+        self._threshold = EntropyThreshold(
+            self.model.config.get_text_config().vocab_size,
+            quantile=args.entropy_quantile,
+            init=args.entropy_threshold_init,
+            floor=args.entropy_threshold_floor,
+            sum_over_processes=self._sum_over_processes,
+        )
+
+    def _local_sampler(self) -> GuidedSampler:
+        args = self.args
+        return make_sampler(
             args.guided_sampler,
             self._initial_policy() if args.mixture_policy == "initial" else self.model,
             self.expert_model,
@@ -294,12 +328,28 @@ class SelectiveGuidanceGRPOTrainer(GRPOTrainer):
             pad_token_id=self._tokenizer.pad_token_id,
             first_token_from_expert=args.first_token_from_expert,
         )
-        self._threshold = EntropyThreshold(
-            self.model.config.get_text_config().vocab_size,
-            quantile=args.entropy_quantile,
-            init=args.entropy_threshold_init,
-            floor=args.entropy_threshold_floor,
-            sum_over_processes=self._sum_over_processes,
+
+    def _vllm_sampler(self) -> VllmCoinSampler:
+        args, expert = self.args, self.expert_model
+        engine: LocalEngine | ServedEngine
+        if args.vllm_mode == "colocate":
+            engine = LocalEngine(self.vllm_generation.llm)
+        else:
+            address = args.vllm_server_base_url or f"http://{args.vllm_server_host}:{args.vllm_server_port}"
+            engine = ServedEngine(address)
+        head_size = self.model.config.get_text_config().vocab_size
+        expert_size = (
+            expert.vocab_size if isinstance(expert, ExpertServer) else expert.config.get_text_config().vocab_size
+        )
+        vocab_size = min(head_size, expert_size, self._shared_vocab_size)
+        sentinel = choose_sentinel(head_size, vocab_size, self._tokenizer, self.eos_token_ids)
+        return VllmCoinSampler(
+            engine,
+            self.model,
+            expert,
+            Coin(args.guidance_weighting, 0.0, float(args.guidance_weight_max), vocab_size, sentinel),
+            pad_token_id=self._tokenizer.pad_token_id,
+            first_token_from_expert=args.first_token_from_expert,
         )
 
     def _set_up_injection(self, trigger: Trigger | None, selector: Selector | None) -> None:
@@ -407,7 +457,7 @@ class SelectiveGuidanceGRPOTrainer(GRPOTrainer):
             return super()._generate_single_turn(*args, **kwargs)
         call = inspect.signature(super()._generate_single_turn).bind(*args, **kwargs)
         if self._can_sample_together(call.arguments["multimodal_fields"]):
-            rollout = self._sample_guided(call.arguments["prompt_ids"], self._batch.is_guided)
+            rollout = self._sample_guided(call.arguments["prompt_ids"], is_guided=self._batch.is_guided)
             self._batch.rollout = rollout.take(self._batch.guided_rows)
             return rollout.completion_ids, None
         call.arguments["prompt_ids"], guided_prompt_ids = self._batch.split(call.arguments["prompt_ids"])
@@ -416,16 +466,19 @@ class SelectiveGuidanceGRPOTrainer(GRPOTrainer):
         call.arguments["num_generations"] = self._batch.num_on_policy
         completion_ids, logprobs = super()._generate_single_turn(*call.args, **call.kwargs)
         self._batch.rollout = self._sample_guided(guided_prompt_ids)
-        return self._batch.merge(completion_ids, self._batch.rollout.completion_ids), logprobs
+        guided_ids = self._batch.rollout.completion_ids
+        if logprobs is not None:  # NaN, unknown to the engine: TRL's ratio for what engines compute otherwise is 1
+            logprobs = self._batch.merge(logprobs, [[float("nan")] * len(ids) for ids in guided_ids])
+        return self._batch.merge(completion_ids, guided_ids), logprobs
 
     def _can_sample_together(self, multimodal_fields: dict) -> bool:
         """Whether on-policy rows, too, may be drawn in the sampler's loop. The law is that of `generate` (config and
         `check_generation_config` see to it), and one loop costs hardly more than either of two."""
-        is_generate = not (self.use_transformers_continuous_batching or multimodal_fields)
+        is_generate = not (self.use_vllm or self.use_transformers_continuous_batching or multimodal_fields)
         return is_generate and self.args.mixture_policy == "current"
 
-    def _sample_guided(self, prompt_ids: list[list[int]], is_guided: list[bool] | None = None) -> GuidedRollout:
-        """Mixed-policy rollouts of the current policy."""
+    def _sample_guided(self, prompt_ids: list[list[int]], **rows: list[bool]) -> GuidedRollout:
+        """Mixed-policy rollouts of the current policy: of the weights that TRL has just sent to vLLM, if it uses that."""
         with self.whole_policy() as policy, self._expert_at_hand():
             if self.args.mixture_policy == "current":
                 self._sampler.policy = policy
@@ -435,7 +488,7 @@ class SelectiveGuidanceGRPOTrainer(GRPOTrainer):
                 max_completion_length=self.max_completion_length,
                 eos_token_ids=self.eos_token_ids,
                 temperature=self.temperature,
-                is_guided=is_guided,
+                **rows,
             )
 
     @contextmanager

@@ -14,13 +14,6 @@ SAMPLING = [
     ),
     *mutations(
         "sampling/sampler.py",
-        (".float() / temperature)", ".float() * temperature)", "the temperature multiplies"),
-        (
-            ".float() / temperature).softmax(-1)",
-            ".float()).softmax(-1) / temperature",
-            "the temperature comes after the softmax",
-        ),
-        ("probs.sum(-1, keepdim=True, dtype=torch.float64).float()", "1.0", "laws over many tokens do not sum to 1"),
         ("self.max_weight)\n        if", "1.0)\n        if", "w is not capped"),
         ("positions == 0", "positions <= 1", "the expert draws the first two tokens"),
         ("weight * live.is_guided", "weight", "on-policy rows have a weight"),
@@ -28,8 +21,19 @@ SAMPLING = [
         tests=("sampling/test_sampler.py", "sampling/test_models.py", *LAW, *MIXED),
     ),
     *mutations(
-        "sampling/sampler.py",
-        ("[..., : self.vocab_size].float()", "[..., : self.vocab_size]", "laws in bfloat16"),
+        "functional/mixed_policy.py",
+        (".float() / temperature)", ".float() * temperature)", "the temperature multiplies"),
+        (
+            ".float() / temperature).softmax(-1)",
+            ".float()).softmax(-1) / temperature",
+            "the temperature comes after the softmax",
+        ),
+        ("probs.sum(-1, keepdim=True, dtype=torch.float64).float()", "1.0", "laws over many tokens do not sum to 1"),
+        tests=("sampling/test_sampler.py", "sampling/test_models.py", *LAW, *MIXED),
+    ),
+    *mutations(
+        "functional/mixed_policy.py",
+        ("(logits.float() /", "(logits /", "laws in bfloat16"),
         tests=("sampling/test_numerics.py::test_laws_are_taken_in_float32",),
     ),
     *mutations(

@@ -40,7 +40,13 @@ TRAINING = [
     ),
     *mutations(
         "trainer.py",
-        ("temperature=self.temperature,\n                is_guided", "temperature=1.0,\n                is_guided", "guided rows at temperature 1"),
+        ("[[float(\"nan\")] * len(ids) for ids in guided_ids]", "[[0.0] * len(ids) for ids in guided_ids]", "the engine is said to have drawn guided rows"),
+        ("not (self.use_vllm or self", "not (self", "the sampler draws on-policy rows in place of the engine"),
+        tests=("test_injected_training.py::test_the_ratio_of_an_inference_engine_is_1_on_guided_rows",),
+    ),
+    *mutations(
+        "trainer.py",
+        ("temperature=self.temperature,\n                **rows", "temperature=1.0,\n                **rows", "guided rows at temperature 1"),
         tests=("test_trainer.py::test_the_record_agrees_with_the_forward_of_the_loss",),
     ),
     *mutations(

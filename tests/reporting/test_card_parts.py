@@ -7,6 +7,7 @@ from transformers import AutoModelForCausalLM
 from tests.training import POLICY
 from trl_selective import SelectiveGuidanceGRPOConfig, sampling
 from trl_selective.config import CORRECTIONS, INJECTION_CORRECTIONS
+from trl_selective.engines.sampler import VllmCoinSampler
 from trl_selective.experts import ExpertServer
 from trl_selective.reporting.card import describe
 from trl_selective.reporting.card_method import (
@@ -34,7 +35,10 @@ def test_there_are_words_for_every_choice():
     assert set(GUIDED_CORRECTIONS) == set(CORRECTIONS)
     assert set(INJECTED_CORRECTIONS) == set(INJECTION_CORRECTIONS)
     assert set(ADVANTAGES) == {"group", "batch", "none"}  # TRL's scale_rewards
-    assert set(SAMPLERS) == {name for name in sampling.__all__ if name.endswith("Sampler")} - {"GuidedSampler"}
+    assert set(SAMPLERS) - {"VllmCoinSampler"} == {name for name in sampling.__all__ if name.endswith("Sampler")} - {
+        "GuidedSampler"
+    }
+    assert VllmCoinSampler.__name__ in SAMPLERS
 
 
 def test_experts_are_told_by_what_they_are():

@@ -7,7 +7,7 @@ from trl_selective.experts.endpoint_source import EndpointSource
 from trl_selective.experts.local import Expert, check_expert, load_expert, load_expert_tokenizer, on_device
 from trl_selective.experts.local_source import LocalSource
 from trl_selective.experts.patient_endpoint import ExpertServerError
-from trl_selective.experts.scoring import completion_logps, evaluation_mode
+from trl_selective.experts.scoring import completion_laws, completion_logps, evaluation_mode
 from trl_selective.experts.server import ExpertServer, connect_expert
 from trl_selective.experts.shared import load_adapter_tokenizer, share_base
 from trl_selective.experts.sources import Completion, Sampling, Source
@@ -26,6 +26,7 @@ __all__ = [
     "Tally",
     "check_expert",
     "collect",
+    "completion_laws",
     "completion_logps",
     "connect_expert",
     "endpoint_client",

@@ -1,10 +1,10 @@
 """How likely is a given completion under a model? For completions that were not drawn from it, one forward pass instead of a rollout."""
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 
 import torch
-from jaxtyping import Float
+from jaxtyping import Float, Int
 from torch import Tensor, nn
 from torch.nn.utils.rnn import pad_sequence
 
@@ -12,6 +12,8 @@ from trl_selective.sampling.kv import optional_arguments
 
 LOGITS_AT_ONCE = 2**28  # of one forward: half a gigabyte in bfloat16. A single row may need more.
 POSITIONS_AT_ONCE = 1024  # whose log-softmax is held in float32: 0.6 GB for 150,000 tokens of vocabulary
+
+Reader = Callable[[Float[Tensor, "seq vocab"], Int[Tensor, "seq"]], Float[Tensor, "seq *values"]]
 
 
 @contextmanager
@@ -27,21 +29,21 @@ def evaluation_mode(model: nn.Module) -> Iterator[None]:
 
 
 @torch.no_grad()
-def completion_logps(
+def completion_laws(
     model: nn.Module,
     prompt_ids: Sequence[Sequence[int]],
     completion_ids: Sequence[Sequence[int]],
+    read: Reader,
     *,
-    temperature: float = 1.0,
     batch_size: int | None = None,
-) -> list[Float[Tensor, "seq"]]:
-    """log pi(token | prompt, tokens before it) of every completion token, in float32, on the CPU.
+) -> list[Float[Tensor, "seq *values"]]:
+    """What `read` makes of the law of every completion token, on the CPU.
 
     Args:
         model: a causal language model, in the mode that the caller wants.
         prompt_ids: token ids of each prompt, without padding, at least one each.
         completion_ids: token ids of each completion, end token included, at least one each.
-        temperature: > 0, divides the logits.
+        read: is given the logits of some positions of a row and the tokens there, and returns one entry for each.
         batch_size: rows per forward; None for as many as `LOGITS_AT_ONCE` has room for. Padding changes nothing.
     """
     if not prompt_ids:
@@ -52,7 +54,7 @@ def completion_logps(
         batch_size = max(1, LOGITS_AT_ONCE // (longest * model.config.get_text_config().vocab_size))  # type: ignore[operator, union-attr]
     device = next(model.parameters()).device
     takes_logits_to_keep = "logits_to_keep" in optional_arguments(model)
-    logps: list[Tensor] = []
+    values: list[Tensor] = []
     for start in range(0, len(prompt_ids), batch_size):
         prompts, completions = (
             [torch.tensor(ids) for ids in rows[start : start + batch_size]] for rows in (prompt_ids, completion_ids)
@@ -67,17 +69,34 @@ def completion_logps(
         first = token_ids.size(1) - num_logits  # the position of the first of these logits
         for row, (prompt, completion) in enumerate(zip(prompts, completions, strict=True)):
             begin = len(prompt) - 1 - first
-            laws = logits[row, begin : begin + len(completion)]
-            logps.append(_gather_logps(laws, completion.to(device), temperature).cpu())
-    return logps
+            blocks = zip(
+                logits[row, begin : begin + len(completion)].split(POSITIONS_AT_ONCE),
+                completion.to(device).split(POSITIONS_AT_ONCE),
+                strict=True,
+            )
+            values.append(torch.cat([read(*block) for block in blocks]).cpu())
+    return values
 
 
-def _gather_logps(logits: Float[Tensor, "seq vocab"], token_ids: Tensor, temperature: float) -> Float[Tensor, "seq"]:
-    """Log-probabilities of `token_ids`, a block of positions at a time."""
-    blocks = zip(logits.split(POSITIONS_AT_ONCE), token_ids.split(POSITIONS_AT_ONCE), strict=True)
-    return torch.cat(
-        [
-            (block.float() / temperature).log_softmax(-1).gather(-1, ids.unsqueeze(-1)).squeeze(-1)
-            for block, ids in blocks
-        ]
-    )
+def completion_logps(
+    model: nn.Module,
+    prompt_ids: Sequence[Sequence[int]],
+    completion_ids: Sequence[Sequence[int]],
+    *,
+    temperature: float = 1.0,
+    vocab_size: int | None = None,
+    batch_size: int | None = None,
+) -> list[Float[Tensor, "seq"]]:
+    """log pi(token | prompt, tokens before it) of every completion token, in float32, on the CPU.
+
+    Args:
+        model, prompt_ids, completion_ids, batch_size: as for `completion_laws`.
+        temperature: > 0, divides the logits.
+        vocab_size: ids from here on have no part in the law; None for all of the head.
+    """
+
+    def read(logits: Tensor, token_ids: Tensor) -> Tensor:
+        law = (logits[:, :vocab_size].float() / temperature).log_softmax(-1)
+        return law.gather(-1, token_ids.unsqueeze(-1)).squeeze(-1)
+
+    return completion_laws(model, prompt_ids, completion_ids, read, batch_size=batch_size)

@@ -11,9 +11,17 @@ rejected one from (pi_mix - pi_theta)+, normalised: q(y) a(y) + P(reject) r(y) =
 All distributions are probabilities *after* temperature, over one common vocabulary, in float32 or better.
 """
 
+from collections.abc import Callable
+
 import torch
 from jaxtyping import Float, Int
 from torch import Tensor
+
+
+def token_probs(logits: Float[Tensor, "*batch vocab"], temperature: float) -> Float[Tensor, "*batch vocab"]:
+    """Probabilities after temperature, in float32. Normalised in float64: over 150,000 ids a sum in float32 may be off by some 1e-4."""
+    probs = (logits.float() / temperature).softmax(-1)
+    return probs / probs.sum(-1, keepdim=True, dtype=torch.float64).float()
 
 
 def entropy(probs: Float[Tensor, "*batch vocab"]) -> Float[Tensor, "*batch"]:
@@ -44,6 +52,14 @@ def constant_weight(
 ) -> Float[Tensor, "*batch"]:
     """The same weight everywhere, w = `max_weight`: guidance without selection. Entropy and threshold have no say."""
     return torch.full_like(entropy, max_weight)
+
+
+Weighting = Callable[[Float[Tensor, "*batch"], float, float], Float[Tensor, "*batch"]]
+WEIGHTINGS: dict[str, Weighting] = {
+    "entropy": guidance_weight,
+    "hard_gate": hard_gate,
+    "constant": constant_weight,
+}
 
 
 def mixed_policy(

@@ -30,6 +30,10 @@ SAMPLERS = {
         "a coin of weight `w` decides whether the expert's server draws the token: the same law",
         "trl-selective",
     ),
+    "VllmCoinSampler": (
+        "vLLM draws the policy's tokens, and a coin of weight `w` decides where the expert draws one: the same law",
+        "trl-selective",
+    ),
     "CoinSampler": ("a coin of weight `w` decides who draws the token: the same law", "trl-selective"),
     "StepwiseSampler": ("both models are asked for every token", "MENTOR, Eq. 6"),
 }

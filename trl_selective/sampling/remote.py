@@ -1,7 +1,7 @@
 """Guidance by an expert that only draws: one behind a server, whose law nobody here sees."""
 
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import replace
 from typing import Protocol, runtime_checkable
 
@@ -63,7 +63,7 @@ class RemoteCoinSampler(GuidedSampler):
                 f"An expert behind a server gives probabilities at temperature 1 alone, got {temperature}. Use that, or do not have tokens scored."
             )
         rollout = super().sample(prompt_ids, temperature=temperature, **kwargs)
-        return self._scored(rollout, prompt_ids) if self.remote.scores else rollout
+        return scored(rollout, prompt_ids, self.remote.completion_logps) if self.remote.scores else rollout
 
     def _advance(self, live: LiveRows, entropy_threshold: float, temperature: float) -> None:
         num_rows, positions = len(live), live.positions(1)
@@ -91,17 +91,26 @@ class RemoteCoinSampler(GuidedSampler):
         if len(live) < num_rows:
             live.repack()
 
-    def _scored(self, rollout: GuidedRollout, prompt_ids: Sequence[Sequence[int]]) -> GuidedRollout:
-        """The rollout with what the expert thinks of the tokens in it."""
-        rows = [row for row, weights in enumerate(rollout.guidance_weights) if any(weights)]
-        expert_logps = self.remote.completion_logps(
-            [prompt_ids[row] for row in rows], [rollout.completion_ids[row] for row in rows]
-        )
-        mixed, drawn = list(rollout.policy_per_token_logps), list(rollout.expert_drawn)
-        for row, expert_logp in zip(rows, expert_logps, strict=True):
-            weight = torch.tensor(rollout.guidance_weights[row], dtype=torch.float64)
-            policy, expert = torch.tensor(mixed[row], dtype=torch.float64).exp(), expert_logp.double().exp()
-            mixed[row] = ((1 - weight) * policy + weight * expert).log().tolist()
-            is_changed = torch.rand(len(weight), dtype=torch.float64) < 1 - policy / expert
-            drawn[row] = (torch.tensor(drawn[row]) & is_changed).tolist()
-        return replace(rollout, sampling_per_token_logps=mixed, expert_drawn=drawn, is_scored=True)
+
+def scored(
+    rollout: GuidedRollout,
+    prompt_ids: Sequence[Sequence[int]],
+    completion_logps: Callable[[Sequence[Sequence[int]], Sequence[Sequence[int]]], list[Tensor]],
+) -> GuidedRollout:
+    """A rollout of coins with what the expert thinks of the tokens in it: their log pi_mix, and which of them the expert changed.
+
+    Args:
+        rollout: that is not `is_scored`.
+        prompt_ids: of its rows.
+        completion_logps: log pi* of every token of given completions after given prompts, for rows where w > 0.
+    """
+    rows = [row for row, weights in enumerate(rollout.guidance_weights) if any(weights)]
+    expert_logps = completion_logps([prompt_ids[row] for row in rows], [rollout.completion_ids[row] for row in rows])
+    mixed, drawn = list(rollout.policy_per_token_logps), list(rollout.expert_drawn)
+    for row, expert_logp in zip(rows, expert_logps, strict=True):
+        weight = torch.tensor(rollout.guidance_weights[row], dtype=torch.float64)
+        policy, expert = torch.tensor(mixed[row], dtype=torch.float64).exp(), expert_logp.double().exp()
+        mixed[row] = ((1 - weight) * policy + weight * expert).log().tolist()
+        is_changed = torch.rand(len(weight), dtype=torch.float64) < 1 - policy / expert
+        drawn[row] = (torch.tensor(drawn[row]) & is_changed).tolist()
+    return replace(rollout, sampling_per_token_logps=mixed, expert_drawn=drawn, is_scored=True)

@@ -1,22 +1,15 @@
 """What the samplers share: their contract, and the laws of a position."""
 
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Collection, Sequence
+from collections.abc import Collection, Sequence
 
 import torch
 from jaxtyping import Float, Int
 from torch import Tensor, nn
 
-from trl_selective.functional.mixed_policy import constant_weight, guidance_weight, hard_gate
+from trl_selective.functional.mixed_policy import WEIGHTINGS, Weighting, token_probs
 from trl_selective.rollout import GuidedRollout
 from trl_selective.sampling.live_rows import LiveRows
-
-Weighting = Callable[[Float[Tensor, "*batch"], float, float], Float[Tensor, "*batch"]]
-WEIGHTINGS: dict[str, Weighting] = {
-    "entropy": guidance_weight,
-    "hard_gate": hard_gate,
-    "constant": constant_weight,
-}
 
 
 class GuidedSampler(ABC):
@@ -96,16 +89,7 @@ class GuidedSampler(ABC):
         Raises:
             ValueError: for arguments out of range, and if a model returns a distribution that is not finite.
         """
-        empty = [row for row, prompt in enumerate(prompt_ids) if not len(prompt)]
-        if not len(prompt_ids) or empty:
-            raise ValueError(
-                f"Expected prompts of at least one token each, got {len(prompt_ids)} prompts, empty ones in rows {empty}."
-            )
-        if not (temperature > 0 and entropy_threshold >= 0 and max_completion_length >= 1):
-            raise ValueError(
-                "Expected temperature > 0, entropy_threshold >= 0 and max_completion_length >= 1, got "
-                f"{temperature}, {entropy_threshold} and {max_completion_length}."
-            )
+        check_request(prompt_ids, entropy_threshold, max_completion_length, temperature)
         is_guided = [True] * len(prompt_ids) if is_guided is None else is_guided
         if len(is_guided) != len(prompt_ids):
             raise ValueError(
@@ -129,10 +113,8 @@ class GuidedSampler(ABC):
         """Draw at least one more token for every live row and commit it."""
 
     def _probs(self, logits: Float[Tensor, "*batch head"], temperature: float) -> Float[Tensor, "*batch vocab"]:
-        """Probabilities after temperature, in float32, over the ids that both heads have. Normalised in float64: over 150,000 ids a sum in
-        float32 may be off by some 1e-4."""
-        probs = (logits[..., : self.vocab_size].float() / temperature).softmax(-1)
-        return probs / probs.sum(-1, keepdim=True, dtype=torch.float64).float()
+        """Probabilities over the ids that both heads have."""
+        return token_probs(logits[..., : self.vocab_size], temperature)
 
     def _expert_probs(
         self,
@@ -157,3 +139,23 @@ class GuidedSampler(ABC):
         if self.first_token_from_expert:
             weight = torch.where(positions == 0, 1.0, weight)
         return weight if live.num_guided == len(live) else weight * live.is_guided
+
+
+def check_request(
+    prompt_ids: Sequence[Sequence[int]], entropy_threshold: float, max_completion_length: int, temperature: float
+) -> None:
+    """Refuse arguments of `sample` that are out of range.
+
+    Raises:
+        ValueError: naming them.
+    """
+    empty = [row for row, prompt in enumerate(prompt_ids) if not len(prompt)]
+    if not len(prompt_ids) or empty:
+        raise ValueError(
+            f"Expected prompts of at least one token each, got {len(prompt_ids)} prompts, empty ones in rows {empty}."
+        )
+    if not (temperature > 0 and entropy_threshold >= 0 and max_completion_length >= 1):
+        raise ValueError(
+            "Expected temperature > 0, entropy_threshold >= 0 and max_completion_length >= 1, got "
+            f"{temperature}, {entropy_threshold} and {max_completion_length}."
+        )
