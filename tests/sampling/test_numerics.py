@@ -108,7 +108,7 @@ import torch
 from tests.models import tiny_model
 from tests.sampling.reference import Guidance
 kind, lengths = eval(sys.argv[1]), eval(sys.argv[2])
-models = [tiny_model(seed, vocab_size=150_000, hidden_size=8, head_dim=4, max_position_embeddings=4096) for seed in (1, 2)]
+models = [tiny_model(seed, vocab_size=150_000, hidden_size=8, head_dim=4, max_position_embeddings=8200) for seed in (1, 2)]
 guidance = Guidance("constant", max_weight=1e-9, vocab_size=150_000) if kind == "coin" else Guidance(threshold=40.0, vocab_size=150_000)
 for length in lengths:
     rollout = guidance.sample(kind, *models, [[2, 3]] * 2, length)
@@ -118,11 +118,13 @@ for length in lengths:
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("kind", ["stepwise", "coin", 4, None])
-def test_memory_does_not_grow_with_tokens_times_vocabulary(kind):
-    """150,000 ids: the laws of 96 tokens of two rows would take 115 MB in float32, and twice as much in the float64 that tokens are drawn in."""
+@pytest.mark.timeout(1200)
+@pytest.mark.parametrize(("kind", "length"), [("stepwise", 112), ("coin", 112), (4, 112), (None, 112), (4, 8192)])
+def test_memory_does_not_grow_with_tokens_times_vocabulary(kind, length):
+    """150,000 ids: the laws of 96 tokens of two rows would take 115 MB in float32, and twice as much in the float64 that tokens are drawn in;
+    those of 8,192 tokens 9.8 GB."""
     root = Path(__file__).parents[2]
-    command = [sys.executable, "-c", MEMORY, repr(kind), "[16, 112]"]
+    command = [sys.executable, "-c", MEMORY, repr(kind), f"[16, {length}]"]
     result = subprocess.run(command, cwd=root, capture_output=True, text=True)
     assert result.returncode == 0, result.stderr[-2000:]
     short, long = map(int, result.stdout.split())
