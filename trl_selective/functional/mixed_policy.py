@@ -24,6 +24,11 @@ def token_probs(logits: Float[Tensor, "*batch vocab"], temperature: float) -> Fl
     return probs / probs.sum(-1, keepdim=True, dtype=torch.float64).float()
 
 
+def probability_of(token_ids: Int[Tensor, "*batch"], probs: Float[Tensor, "*batch vocab"]) -> Float[Tensor, "*batch"]:
+    """The probabilities of these tokens."""
+    return probs.gather(-1, token_ids.unsqueeze(-1)).squeeze(-1)
+
+
 def entropy(probs: Float[Tensor, "*batch vocab"]) -> Float[Tensor, "*batch"]:
     """Entropy in nats, H = -sum_y p(y) log p(y), with 0 log 0 = 0."""
     return torch.xlogy(probs, probs).sum(-1).clamp(max=0).neg()  # rounding may lift the sum of a certain law above 0
@@ -82,8 +87,8 @@ def acceptance_probability(
 
     It is at least 1 - w whatever the expert says, and it is 1 for a token that the policy cannot draw (probability 0).
     """
-    policy = policy_probs.gather(-1, token_ids.unsqueeze(-1)).squeeze(-1)
-    expert = expert_probs.gather(-1, token_ids.unsqueeze(-1)).squeeze(-1)
+    policy = probability_of(token_ids, policy_probs)
+    expert = probability_of(token_ids, expert_probs)
     mixed = (1 - weight) * policy + weight * expert
     return torch.where(policy > 0, (mixed / policy).clamp(max=1), 1.0)
 

@@ -5,8 +5,8 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from trl_selective.functional.mixed_policy import entropy
-from trl_selective.sampling.draw import ACCEPT, DRAFT, REPLACE, inverse_cdf, probability_of
+from trl_selective.functional.mixed_policy import entropy, probability_of
+from trl_selective.sampling.draw import ACCEPT, DRAFT, REPLACE, inverse_cdf
 from trl_selective.sampling.live_rows import LiveRows
 from trl_selective.sampling.sampler import GuidedSampler
 

@@ -27,8 +27,3 @@ def inverse_cdf(probs: Float[Tensor, "*batch vocab"], uniform: Float[Tensor, "*b
     cdf = probs.double().cumsum(-1)
     target = uniform.unsqueeze(-1) * cdf[..., -1:]
     return torch.searchsorted(cdf, target, right=True).squeeze(-1).clamp(max=probs.shape[-1] - 1)
-
-
-def probability_of(token_ids: Int[Tensor, "*batch"], probs: Float[Tensor, "*batch vocab"]) -> Float[Tensor, "*batch"]:
-    """The probabilities of these tokens."""
-    return probs.gather(-1, token_ids.unsqueeze(-1)).squeeze(-1)

@@ -8,9 +8,9 @@ from typing import Protocol, runtime_checkable
 import torch
 from torch import Tensor, nn
 
-from trl_selective.functional.mixed_policy import entropy
+from trl_selective.functional.mixed_policy import entropy, probability_of
 from trl_selective.rollout import GuidedRollout
-from trl_selective.sampling.draw import ACCEPT, DRAFT, REPLACE, inverse_cdf, probability_of
+from trl_selective.sampling.draw import ACCEPT, DRAFT, REPLACE, inverse_cdf
 from trl_selective.sampling.live_rows import LiveRows
 from trl_selective.sampling.sampler import GuidedSampler
 

@@ -5,8 +5,8 @@ import time
 import torch
 from torch import Tensor
 
-from trl_selective.functional.mixed_policy import acceptance_probability, entropy, residual
-from trl_selective.sampling.draw import ACCEPT, DRAFT, REPLACE, inverse_cdf, probability_of
+from trl_selective.functional.mixed_policy import acceptance_probability, entropy, probability_of, residual
+from trl_selective.sampling.draw import ACCEPT, DRAFT, REPLACE, inverse_cdf
 from trl_selective.sampling.kv import can_forget_tokens
 from trl_selective.sampling.live_rows import LiveRows
 from trl_selective.sampling.lookahead import Lookahead

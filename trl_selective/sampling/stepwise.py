@@ -2,8 +2,8 @@
 
 import torch
 
-from trl_selective.functional.mixed_policy import entropy, mixed_policy
-from trl_selective.sampling.draw import ACCEPT, DRAFT, inverse_cdf, probability_of
+from trl_selective.functional.mixed_policy import entropy, mixed_policy, probability_of
+from trl_selective.sampling.draw import ACCEPT, DRAFT, inverse_cdf
 from trl_selective.sampling.live_rows import LiveRows
 from trl_selective.sampling.sampler import GuidedSampler
 
