@@ -10,7 +10,11 @@ from contextlib import contextmanager
 
 import torch
 from accelerate import Accelerator
-from accelerate.utils import disable_fsdp_ram_efficient_loading, enable_fsdp_ram_efficient_loading
+from accelerate.utils import (
+    FullyShardedDataParallelPlugin,
+    disable_fsdp_ram_efficient_loading,
+    enable_fsdp_ram_efficient_loading,
+)
 from torch import nn
 from torch.distributed.fsdp import FSDPModule
 from transformers.integrations.deepspeed import unset_hf_deepspeed_config
@@ -24,9 +28,19 @@ def is_zero3(accelerator: Accelerator) -> bool:
     return plugin is not None and plugin.zero_stage == 3
 
 
+def _fsdp_plugin(accelerator: Accelerator) -> FullyShardedDataParallelPlugin | None:
+    return getattr(accelerator.state, "fsdp_plugin", None)
+
+
+def _fsdp_loads_parts(accelerator: Accelerator) -> bool:
+    """Whether models that are loaded have their weights on the first process alone."""
+    plugin = _fsdp_plugin(accelerator)
+    return plugin is not None and bool(plugin.cpu_ram_efficient_loading)
+
+
 def fsdp_version(accelerator: Accelerator) -> int | None:
     """1 or 2; None without FSDP."""
-    plugin = getattr(accelerator.state, "fsdp_plugin", None)
+    plugin = _fsdp_plugin(accelerator)
     return None if plugin is None else plugin.fsdp_version
 
 
@@ -73,12 +87,11 @@ def check_second_models(accelerator: Accelerator, args: SelectiveGuidanceGRPOCon
 def loading_whole(accelerator: Accelerator) -> Iterator[None]:
     """Models that are loaded in here are whole on every process. Elsewhere ZeRO-3 divides all that is loaded, and FSDP with
     `cpu_ram_efficient_loading` leaves all processes but the first without weights, which only the policy is given later."""
-    plugin = getattr(accelerator.state, "fsdp_plugin", None)
     if is_zero3(accelerator):
         with accelerator.state.deepspeed_plugin.zero3_init_context_manager(enable=False):
             unset_hf_deepspeed_config()
             yield
-    elif plugin is not None and plugin.cpu_ram_efficient_loading:
+    elif _fsdp_loads_parts(accelerator):
         disable_fsdp_ram_efficient_loading()
         try:
             yield
@@ -94,9 +107,7 @@ def check_whole(accelerator: Accelerator, expert: object) -> None:
     Raises:
         ValueError: if it is a model rather than a name.
     """
-    plugin = getattr(accelerator.state, "fsdp_plugin", None)
-    is_partial = is_zero3(accelerator) or (plugin is not None and plugin.cpu_ram_efficient_loading)
-    if is_partial and isinstance(expert, nn.Module):
+    if (is_zero3(accelerator) or _fsdp_loads_parts(accelerator)) and isinstance(expert, nn.Module):
         raise ValueError(
             f"expert_model is a {type(expert).__name__}, which ZeRO-3, or FSDP with cpu_ram_efficient_loading, has not loaded whole on every "
             "process. Pass its name or path instead."
@@ -135,7 +146,7 @@ def _gathered_by_fsdp2(model: nn.Module, accelerator: Accelerator) -> Iterator[N
         if modules:
             _run_once(model)
     finally:
-        plugin = getattr(accelerator.state, "fsdp_plugin", None)
+        plugin = _fsdp_plugin(accelerator)
         for module in modules:
             module.reshard()
             # Torch does not tell what it was. With that of the plugin, embeddings and head follow it as well: one gather more in a backward.
