@@ -7,10 +7,12 @@ import torch
 from transformers import AutoModelForCausalLM, PreTrainedModel, Qwen2Config
 
 from trl_selective.functional.mixed_policy import entropy, guidance_weight
+from trl_selective.sampling import StepwiseSampler
 from trl_selective.sampling.unguided import sample_completions
 
-NUM_PROBED = 8  # completions of the policy on which agreement is measured
-PROBE_LENGTH = 64
+NUM_PROBED = 16  # completions on which agreement is measured
+PROBE_LENGTH = 128
+NUM_SEARCHES = 4  # for the noise of the expert, each on text that was drawn with the noise before
 
 
 @dataclass(frozen=True)
@@ -73,54 +75,71 @@ def make_expert(policy: PreTrainedModel, times: int) -> PreTrainedModel:
 
 @dataclass
 class Agreement:
-    """Of policy and expert on the policy's own text, means over tokens."""
+    """Of policy and expert on text of their mixture, means over tokens."""
 
     entropy: float
-    entropy_threshold: float  # the 0.95-quantile of the entropies, as in training
+    entropy_threshold: float  # the 0.95-quantile of the entropies on the policy's own text, as in training
     weight: float  # w
     rejected: float  # w TV(pi_theta, pi*): the chance that a draft is rejected
 
 
 class Disagreement:
-    """Noise on the expert's head, scaled so that policy and expert disagree as much as wanted."""
+    """Noise on the expert's head, scaled so that policy and expert disagree as much as wanted where the mixture takes them."""
 
-    def __init__(self, policy: PreTrainedModel, expert: PreTrainedModel):
+    def __init__(self, policy: PreTrainedModel, expert: PreTrainedModel, length: int = PROBE_LENGTH):
         self.policy, self.expert = policy, expert
         self.head = policy.lm_head.weight.detach()
         self.noise = torch.randn_like(self.head) * self.head.float().std()
-        prompts = make_prompts(policy, NUM_PROBED)
-        completions = sample_completions(
-            policy, prompts, max_completion_length=PROBE_LENGTH, eos_token_ids=[], pad_token_id=0
-        )
-        texts = torch.tensor(completions, device=policy.device)
-        with torch.no_grad():
-            self.hidden = policy.model(texts).last_hidden_state
+        self.prompts = make_prompts(policy, NUM_PROBED)
+        self.call = {"max_completion_length": length, "eos_token_ids": []}
+        self.own_texts = sample_completions(policy, self.prompts, pad_token_id=0, **self.call)
+        entropies = [entropy(self._laws(hidden, 0)[0]) for hidden in self._read(self.own_texts)]
+        self.entropy_threshold = torch.cat(entropies).quantile(0.95).item()
 
     def set(self, rejected: float) -> Agreement:
-        """Search the scale at which a draft is rejected with this probability."""
-        low, high = 0.0, 4.0
-        for _ in range(20):
-            scale = (low + high) / 2
-            agreement = self._measure(scale)
-            low, high = (scale, high) if agreement.rejected < rejected else (low, scale)
-        with torch.no_grad():
-            self.expert.lm_head.weight.copy_(self.head + scale * self.noise)
-        return agreement
+        """Search the scale at which a draft is rejected with this probability, on texts that are drawn anew as the scale is found."""
+        sampler, texts = StepwiseSampler(self.policy, self.expert), self.own_texts
+        for _ in range(NUM_SEARCHES):
+            hidden, low, high = self._read(texts), 0.0, 4.0
+            for _ in range(20):
+                scale = (low + high) / 2
+                agreement = self._measure(hidden, scale)
+                low, high = (scale, high) if agreement.rejected < rejected else (low, scale)
+            with torch.no_grad():
+                self.expert.lm_head.weight.copy_(self.head + scale * self.noise)
+            rollout = sampler.sample(self.prompts, entropy_threshold=self.entropy_threshold, **self.call)
+            texts = rollout.completion_ids
+        return self._measure(self._read(texts), scale)
 
     @torch.no_grad()
-    def _measure(self, scale: float) -> Agreement:
+    def _read(self, completions: list[list[int]]) -> list[torch.Tensor]:
+        """For each completion, (tokens, hidden): the policy's states before its tokens."""
+        states = []
+        for prompt, completion in zip(self.prompts, completions, strict=True):
+            text = torch.tensor([[*prompt, *completion[:-1]]], device=self.policy.device)
+            states.append(self.policy.model(text).last_hidden_state[0, len(prompt) - 1 :])
+        return states
+
+    def _laws(self, hidden: torch.Tensor, scale: float) -> tuple[torch.Tensor, torch.Tensor]:
+        policy, expert = (
+            (hidden @ head.T).float().softmax(-1) for head in (self.head, self.head + scale * self.noise)
+        )
+        return policy, expert
+
+    @torch.no_grad()
+    def _measure(self, hidden: list[torch.Tensor], scale: float) -> Agreement:
         entropies, distances = [], []
-        for hidden in self.hidden:  # one completion at a time: vocabularies are large
-            policy, expert = (
-                (hidden @ head.T).float().softmax(-1) for head in (self.head, self.head + scale * self.noise)
-            )
+        for states in hidden:  # one completion at a time: vocabularies are large
+            policy, expert = self._laws(states, scale)
             entropies.append(entropy(policy))
             distances.append(0.5 * (policy - expert).abs().sum(-1))
         entropies, distances = torch.cat(entropies), torch.cat(distances)
-        threshold = entropies.quantile(0.95).item()
-        weights = guidance_weight(entropies, threshold, 1.0)
+        weights = guidance_weight(entropies, self.entropy_threshold, 1.0)
         return Agreement(
-            entropies.mean().item(), threshold, weights.mean().item(), (weights * distances).mean().item()
+            entropies.mean().item(),
+            self.entropy_threshold,
+            weights.mean().item(),
+            (weights * distances).mean().item(),
         )
 
 

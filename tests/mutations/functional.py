@@ -128,16 +128,16 @@ FUNCTIONAL = [
             "w and 1 - w swapped in the mixture",
         ),
         (
-            "mixed = (1 - weight) * policy + weight * expert",
-            "mixed = weight * policy + (1 - weight) * expert",
+            "mixed = (1 - weight) * policy_prob + weight * expert_prob",
+            "mixed = weight * policy_prob + (1 - weight) * expert_prob",
             "w and 1 - w swapped in the acceptance",
         ),
         (
-            "(mixed / policy).clamp(max=1), 1.0)",
-            "(mixed / policy).clamp(max=1), 0.0)",
+            "(mixed / policy_prob).clamp(max=1), 1.0)",
+            "(mixed / policy_prob).clamp(max=1), 0.0)",
             "what cannot be drafted is rejected",
         ),
-        ("(mixed / policy).clamp(max=1)", "(mixed / policy)", "acceptance beyond 1"),
+        ("(mixed / policy_prob).clamp(max=1)", "(mixed / policy)", "acceptance beyond 1"),
         (
             "(expert_probs - policy_probs).clamp(min=0)",
             "(policy_probs - expert_probs).clamp(min=0)",

@@ -9,7 +9,11 @@ SAMPLING = [
     *mutations(
         "sampling/draw.py",
         ("right=True", "right=False", "a token of probability 0 may be drawn"),
-        ("uniform.unsqueeze(-1) * cdf[..., -1:]", "uniform.unsqueeze(-1)", "what does not sum to 1 is not normalised"),
+        ("cdf, uniform * cdf[..., -1:]", "cdf, uniform", "what does not sum to 1 is not normalised"),
+        ("(uniform * cdf[..., -1:] - end", "(uniform - end", "the same within a block"),
+        ("- end + width", "- end", "the position within a block is that behind it"),
+        (".clamp(0, BELOW_1)", "", "rounding leads before the block"),
+        ("blocks.sum(-1, dtype=torch.float64)", "blocks.sum(-1)", "blocks are summed up in float32"),
         ("probs.double().cumsum(-1)", "probs.cumsum(-1).double()", "the cumulative sum is rounded to float32"),
     ),
     *mutations(
@@ -44,7 +48,7 @@ SAMPLING = [
             "accepted where it should be rejected",
         ),
         ("residual(policy, expert)", "expert", "replaced from the expert, not from the residual"),
-        ("REPLACE)[place]", "DRAFT)[place]", "the replacement uses the draft's number again"),
+        ("REPLACE)[guided]", "DRAFT)[guided]", "the replacement uses the draft's number again"),
         (
             "(1 - weight) * policy_prob + weight",
             "weight * policy_prob + (1 - weight)",
@@ -72,13 +76,7 @@ SAMPLING = [
     ),
     *mutations(
         "sampling/speculative.py",
-        ("ACCEPT) >= 1 - weight", "ACCEPT) >= weight", "the wrong drafts are at stake"),
-        ("at_stake & is_tested", "at_stake", "drafts that were not come to teach the lookahead"),
-        (
-            "masked_fill(live.ends(token, positions), 0)",
-            "masked_fill(live.ends(token, positions), 1)",
-            "drafts beyond the end",
-        ),
+        ("[is_tested.sum(), ", "[torch.tensor(drafts.numel()), ", "drafts that were not come to teach the lookahead"),
         tests=("sampling/test_lookahead.py",),
     ),
     *mutations(
@@ -209,18 +207,21 @@ SAMPLING = [
     ),
     *mutations(
         "sampling/lookahead.py",
+        ("(tokens / costs).argmax()", "(tokens / costs).argmin()", "drafts go on where they do not pay"),
         (
-            "reach * self._cost > self._tokens",
-            "reach * self._cost < self._tokens",
-            "drafts go on where they do not pay",
+            "intercept + slope * lengths)\n        return",
+            "intercept)\n        return",
+            "the expert's time per token is left out",
         ),
-        ("(1 + self.slope)", "1.0", "the expert's time per token is left out"),
         (
             "rest_seconds * length / policy_seconds",
             "rest_seconds / policy_seconds",
             "the cost of the expert in the wrong unit",
         ),
-        ("max(0.0, (n * kc", "abs((n * kc", "a slope that was measured negative counts as positive"),
+        ("max(0.0, float(np.median(slopes)))", "abs(float(np.median(slopes)))", "a negative slope counts as positive"),
+        ("np.median(slopes)", "np.mean(slopes)", "what disturbed a round moves the line"),
+        ("float(np.median(costs", "float(np.mean(costs", "what disturbed a round lifts the line"),
+        ("turn < PLAN - 1", "turn < PLAN", "no other length is ever tried"),
     ),
     *mutations(
         "sampling/unguided.py",

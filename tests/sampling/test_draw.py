@@ -5,9 +5,18 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from trl_selective.sampling.draw import inverse_cdf, position_noise
+from trl_selective.sampling import draw as drawing
+from trl_selective.sampling.draw import BELOW_1, inverse_cdf, position_noise
 
-BELOW_1 = 1 - 2**-53  # the largest uniform in float64
+
+@pytest.fixture(scope="module", autouse=True, params=["one scan", "blocks", "blocks of blocks"])
+def way(request):
+    """Small vocabularies are drawn from in one scan; here also as large ones are."""
+    with pytest.MonkeyPatch.context() as patch:
+        if request.param != "one scan":
+            patch.setattr(drawing, "MAX_SCAN", 3)
+            patch.setattr(drawing, "BLOCK", 3 if request.param == "blocks" else 2)
+        yield
 
 
 def draw(probs: list[float], uniform: float, dtype=torch.float64) -> int:
@@ -72,6 +81,22 @@ def test_an_even_grid_of_uniforms_gives_each_token_its_share():
     probs = torch.tensor([0.125, 0.5, 0.0, 0.375])
     grid = (torch.arange(800, dtype=torch.float64) + 0.5) / 800
     assert inverse_cdf(probs.expand(800, 4), grid).bincount(minlength=4).tolist() == [100, 400, 0, 300]
+
+
+def test_blocks_draw_what_one_scan_draws():
+    """From 40,000 tokens with probabilities of many sizes; of multiples of 2^-40, so that no sum is rounded."""
+    generator = torch.Generator().manual_seed(0)
+    exponents = torch.randint(0, 20, (4, 40_000), generator=generator)
+    probs = torch.ldexp(torch.randint(0, 3, exponents.shape, generator=generator).double(), exponents - 40)
+    cdf = probs.cumsum(-1)
+    uniform = torch.rand(4, 100, dtype=torch.float64, generator=generator)
+    expected = torch.searchsorted(cdf, uniform * cdf[:, -1:], right=True)
+    assert torch.equal(inverse_cdf(probs[:, None].expand(4, 100, -1), uniform), expected)
+
+
+def test_rounding_between_blocks():
+    """1 + 1.5 / 2^53 is rounded up, so that the second token seems to begin before 1."""
+    assert draw([1.0, 0.0, 0.0, 0.0, 1.5 / 2**53, 0.0], BELOW_1) == 4
 
 
 def test_noise_of_a_position_is_its_own():

@@ -87,10 +87,15 @@ def acceptance_probability(
 
     It is at least 1 - w whatever the expert says, and it is 1 for a token that the policy cannot draw (probability 0).
     """
-    policy = probability_of(token_ids, policy_probs)
-    expert = probability_of(token_ids, expert_probs)
-    mixed = (1 - weight) * policy + weight * expert
-    return torch.where(policy > 0, (mixed / policy).clamp(max=1), 1.0)
+    return acceptance(probability_of(token_ids, policy_probs), probability_of(token_ids, expert_probs), weight)
+
+
+def acceptance(
+    policy_prob: Float[Tensor, "*batch"], expert_prob: Float[Tensor, "*batch"], weight: Float[Tensor, "*batch"]
+) -> Float[Tensor, "*batch"]:
+    """`acceptance_probability` of a token from its probability under either model."""
+    mixed = (1 - weight) * policy_prob + weight * expert_prob
+    return torch.where(policy_prob > 0, (mixed / policy_prob).clamp(max=1), 1.0)
 
 
 def residual(

@@ -10,8 +10,14 @@ Everything comes from torch's global generator of the device, which Trainer save
 import torch
 from jaxtyping import Float, Int
 from torch import Tensor
+from torch.nn.functional import pad
 
 DRAFT, ACCEPT, REPLACE = range(3)
+BELOW_1 = 1 - 2**-53  # the largest uniform in float64
+MAX_SCAN = (
+    2**15
+)  # tokens whose probabilities are summed up one by one: a GPU does that with a single processor for each row
+BLOCK = 512  # tokens; of more than `MAX_SCAN` first the block is drawn, and then the token
 
 
 def position_noise(num_rows: int, num_positions: int, device: torch.device) -> Float[Tensor, "rows positions 3"]:
@@ -22,8 +28,18 @@ def position_noise(num_rows: int, num_positions: int, device: torch.device) -> F
 def inverse_cdf(probs: Float[Tensor, "*batch vocab"], uniform: Float[Tensor, "*batch"]) -> Int[Tensor, "*batch"]:
     """The token whose slice of the cumulative distribution holds `uniform`. Never a token of probability 0.
 
-    `probs` need not sum to 1 exactly. The sum runs in float64: in float32, rounding over 150,000 tokens would distort rare ones.
+    `probs` need not sum to 1 exactly. Sums run in float64: in float32, rounding over 150,000 tokens would distort rare ones.
     """
-    cdf = probs.double().cumsum(-1)
-    target = uniform.unsqueeze(-1) * cdf[..., -1:]
-    return torch.searchsorted(cdf, target, right=True).squeeze(-1).clamp(max=probs.shape[-1] - 1)
+    uniform = uniform.unsqueeze(-1)
+    if probs.shape[-1] <= MAX_SCAN:
+        cdf = probs.double().cumsum(-1)
+        token = torch.searchsorted(cdf, uniform * cdf[..., -1:], right=True)
+        return token.squeeze(-1).clamp(max=probs.shape[-1] - 1)
+    blocks = pad(probs, (0, -probs.shape[-1] % BLOCK)).unflatten(-1, (-1, BLOCK))
+    mass = blocks.sum(-1, dtype=torch.float64)
+    cdf = mass.cumsum(-1)
+    block = inverse_cdf(mass, uniform.squeeze(-1)).unsqueeze(-1)
+    end, width = cdf.gather(-1, block), mass.gather(-1, block)
+    within = ((uniform * cdf[..., -1:] - end + width) / width).clamp(0, BELOW_1)
+    token = inverse_cdf(blocks.take_along_dim(block.unsqueeze(-1), -2).squeeze(-2), within.squeeze(-1))
+    return block.squeeze(-1) * BLOCK + token

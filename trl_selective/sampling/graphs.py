@@ -16,12 +16,8 @@ from torch import Tensor, nn
 
 from trl_selective.sampling.kv import OPTIONAL_ARGUMENTS, CachedModel, can_forget_tokens, optional_arguments
 
-WIDTHS = (
-    1,
-    4,
-    16,
-    64,
-)  # to which blocks are padded: a few more tokens take hardly longer, and each width is captured by itself
+# To which blocks are padded: a few more tokens take hardly longer, and each width is captured by itself.
+WIDTHS = 1, 4, 8, 16, 64
 MAX_TOKENS = max(WIDTHS)  # longer blocks are bound by arithmetic
 PATIENCE = 16  # blocks read with half of the rows dead before these leave: at the maximum length, the others are about to end too
 _UNCAPTURABLE: WeakSet[nn.Module] = WeakSet()

@@ -1,16 +1,17 @@
 """MENTOR's Algorithm 1 for a batch: the policy drafts, the expert verifies all drafts in one forward."""
 
-import time
-
 import torch
 from torch import Tensor
 
-from trl_selective.functional.mixed_policy import acceptance_probability, entropy, probability_of, residual
+from trl_selective.functional.mixed_policy import acceptance, entropy, probability_of, residual
 from trl_selective.sampling.draw import ACCEPT, DRAFT, REPLACE, inverse_cdf
 from trl_selective.sampling.kv import can_forget_tokens
+from trl_selective.sampling.laps import Laps
 from trl_selective.sampling.live_rows import LiveRows
 from trl_selective.sampling.lookahead import Lookahead
 from trl_selective.sampling.sampler import GuidedSampler
+
+MAX_PROBS = 2**22  # numbers in the laws of the expert that are held at once
 
 
 class SpeculativeSampler(GuidedSampler):
@@ -47,16 +48,16 @@ class SpeculativeSampler(GuidedSampler):
         self.lookahead = Lookahead(max_draft_length)
 
     def _advance(self, live: LiveRows, entropy_threshold: float, temperature: float) -> None:
-        started, num_prepared = self._clock(), live.num_prepared
-        drafts, policy_logits, entropies, weight, at_stake = self._draft(live, entropy_threshold, temperature)
-        num = drafts.shape[1]
-        drafted = self._clock()
+        laps = Laps(live.pending.device)
+        num_prepared, is_observed = live.num_prepared, self.draft_length is None and live.num_guided > 0
+        num = min(self.draft_length or self.lookahead.next_length(), live.tokens_left)
+        drafts, policy_logits, policy_prob, entropies, weight = self._draft(live, num, entropy_threshold, temperature)
+        laps.mark()
         expert_logits = live.read_by_expert(drafts[:, :-1], num_logits=num)
 
         is_tested, is_replaced, tokens, policy_prob, expert_prob = self._judge(
-            live, drafts, policy_logits, expert_logits, weight, temperature
+            live, drafts, policy_logits, policy_prob, expert_logits, weight, temperature
         )
-        num_rows, is_observed = len(live), self.draft_length is None and live.num_guided > 0
         live.num_drafted += live.num_guided * num
         live.commit(
             is_tested.sum(1),
@@ -68,14 +69,16 @@ class SpeculativeSampler(GuidedSampler):
             expert_drawn=is_replaced,
         )
         live.repack()
+        laps.mark()
         if is_observed and live.num_prepared == num_prepared:
+            num_tested, num_rejected = torch.stack([is_tested.sum(), is_replaced.sum()]).tolist()
+            policy_seconds, rest_seconds = laps.seconds()
             self.lookahead.observe(
                 num,
-                is_tested.sum().item() / num_rows,
-                num_at_stake=int((at_stake & is_tested).sum()),
-                num_rejected=int(is_replaced.sum()),
-                policy_seconds=drafted - started,
-                rest_seconds=self._clock() - drafted,
+                num_tested=num_tested,
+                num_rejected=num_rejected,
+                policy_seconds=policy_seconds,
+                rest_seconds=rest_seconds,
             )
 
     def _judge(
@@ -83,6 +86,7 @@ class SpeculativeSampler(GuidedSampler):
         live: LiveRows,
         drafts: Tensor,
         policy_logits: Tensor,
+        policy_prob: Tensor,
         expert_logits: Tensor,
         weight: Tensor,
         temperature: float,
@@ -93,56 +97,50 @@ class SpeculativeSampler(GuidedSampler):
             All (live, drafts): whether a draft was tested; whether it was replaced; the token that stands in its place, and its probability
             under either model.
         """
-        found = []
-        for at in range(drafts.shape[1]):  # not all at once: over large vocabularies their laws would take gigabytes
-            draft, here = drafts[:, at : at + 1], slice(at, at + 1)
-            policy = self._probs(policy_logits[:, here], temperature)
-            expert = self._expert_probs(expert_logits[:, here], policy, temperature)
-            acceptance = acceptance_probability(policy, expert, weight[:, here], draft)
-            found.append((acceptance, probability_of(draft, policy), probability_of(draft, expert)))
-        acceptance, policy_prob, expert_prob = (torch.cat(part, dim=1) for part in zip(*found, strict=True))
+        guided = slice(live.num_guided)
+        expert_prob, tokens = policy_prob.clone(), drafts.clone()
+        expert_prob[guided] = self._draft_probs(drafts[guided], expert_logits, temperature)
         positions = live.positions(drafts.shape[1])
-        is_rejected = live.noise(positions, ACCEPT) >= acceptance
+        is_rejected = live.noise(positions, ACCEPT) >= acceptance(policy_prob, expert_prob, weight)
         is_tested = is_rejected.cumsum(1) <= is_rejected
         is_replaced = is_rejected & is_tested
-        tokens = drafts.clone()
-        place = is_replaced.nonzero(as_tuple=True)  # one in a row at most, and in guided rows alone
-        if len(place[0]):
-            policy, expert = (self._probs(logits[place], temperature) for logits in (policy_logits, expert_logits))
-            token = inverse_cdf(residual(policy, expert), live.noise(positions, REPLACE)[place])
-            tokens[place] = token
-            policy_prob[place], expert_prob[place] = probability_of(token, policy), probability_of(token, expert)
+        # All guided rows get a replacement, needed or not: to ask which of them do would be to wait for the device.
+        if live.num_guided:
+            first = is_replaced[guided].int().argmax(1, keepdim=True)
+            policy, expert = (
+                self._probs(logits[guided].take_along_dim(first[..., None], 1), temperature)
+                for logits in (policy_logits, expert_logits)
+            )
+            token = inverse_cdf(residual(policy, expert), live.noise(positions, REPLACE)[guided].gather(1, first))
+            for values, replacement in (
+                (tokens, token),
+                (policy_prob, probability_of(token, policy)),
+                (expert_prob, probability_of(token, expert)),
+            ):
+                values[guided] = torch.where(is_replaced[guided], replacement, values[guided])
         return is_tested, is_replaced, tokens, policy_prob, expert_prob
 
-    def _draft(self, live: LiveRows, entropy_threshold: float, temperature: float) -> tuple[Tensor, ...]:
-        """Drafts for the next positions of each row: the tokens, the logits of the laws they were drawn from, the entropies and weights, and
-        which of them are at stake. All (live, drafts), the logits with the vocabulary behind."""
-        reach = torch.ones_like(live.pending, dtype=torch.float)  # the chance of each row to get to the next position
+    def _draft_probs(self, drafts: Tensor, logits: Tensor, temperature: float) -> Tensor:
+        """The probabilities of drafts, of a few at a time: all laws at once would take gigabytes over large vocabularies."""
+        num = max(1, MAX_PROBS // max(1, logits[:, 0].numel()))
+        parts = zip(drafts.split(num, dim=1), logits.split(num, dim=1), strict=True)
+        return torch.cat([probability_of(part, self._probs(law, temperature)) for part, law in parts], dim=1)
+
+    def _draft(self, live: LiveRows, num: int, entropy_threshold: float, temperature: float) -> tuple[Tensor, ...]:
+        """Drafts for the next `num` positions of each row: the tokens, the logits of the laws they were drawn from, their probabilities,
+        the entropies and the weights. All (live, num), the logits with the vocabulary behind."""
+        positions = live.positions(num)
+        noise = live.noise(positions, DRAFT)
         token, (mask, position_ids) = live.pending, live.context.extended(torch.ones_like(live.pending))
-        limit = min(self.draft_length or self.lookahead.max_length, live.tokens_left)
         found: list[tuple[Tensor, ...]] = []
-        while True:
-            positions = live.positions(len(found) + 1)[:, -1:]
+        for at in range(num):
+            if at:
+                mask = torch.cat([mask, torch.ones_like(token)], dim=1)
+                position_ids = live.context.next_position(position_ids)
             logits = live.draft_by_policy(token, mask, position_ids)
             law = self._probs(logits, temperature)
-            token = inverse_cdf(law, live.noise(positions, DRAFT))
+            token = inverse_cdf(law, noise[:, at : at + 1])
             entropies = entropy(law)
-            weight = self._weight(live, entropies, entropy_threshold, positions)
-            at_stake = live.noise(positions, ACCEPT) >= 1 - weight
-            found.append((token, logits, entropies, weight, at_stake))
-            if len(found) == limit:
-                break
-            if self.draft_length is None:
-                reach = torch.where(at_stake, (1 - self.lookahead.risk) * reach, reach)
-                reach = reach.masked_fill(live.ends(token, positions), 0)
-                if not self.lookahead.goes_on(len(found), reach.mean().item()):
-                    break
-            mask = torch.cat([mask, torch.ones_like(token)], dim=1)
-            position_ids = live.context.next_position(position_ids)
+            weight = self._weight(live, entropies, entropy_threshold, positions[:, at : at + 1])
+            found.append((token, logits, probability_of(token, law), entropies, weight))
         return tuple(torch.cat(parts, dim=1) for parts in zip(*found, strict=True))
-
-    def _clock(self) -> float:
-        """Seconds, once all work given to the device is done; only a chosen draft length needs to know."""
-        if self.draft_length is None and torch.cuda.is_available():
-            torch.cuda.synchronize()
-        return time.perf_counter()
