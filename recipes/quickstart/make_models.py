@@ -31,14 +31,16 @@ def make_tokenizer(words: Sequence[str] = WORDS) -> PreTrainedTokenizerFast:
     return PreTrainedTokenizerFast(tokenizer_object=tokenizer, pad_token=PAD, eos_token=EOS, padding_side="left")
 
 
-def make_model(tokenizer: PreTrainedTokenizerFast) -> LlamaForCausalLM:
-    """A Llama of 165 thousand parameters."""
+def make_model(
+    tokenizer: PreTrainedTokenizerFast, hidden_size: int = 64, num_hidden_layers: int = 3, num_attention_heads: int = 2
+) -> LlamaForCausalLM:
+    """A Llama, of 165 thousand parameters if nothing else is said."""
     config = LlamaConfig(
         vocab_size=len(tokenizer),
-        hidden_size=64,
-        intermediate_size=192,
-        num_hidden_layers=3,
-        num_attention_heads=2,
+        hidden_size=hidden_size,
+        intermediate_size=3 * hidden_size,
+        num_hidden_layers=num_hidden_layers,
+        num_attention_heads=num_attention_heads,
         max_position_embeddings=64,
         tie_word_embeddings=False,
         bos_token_id=None,
@@ -86,7 +88,7 @@ def fine_tune(model, tokenizer, example, *, steps: int, learning_rate: float, se
     for _ in (progress := trange(steps, desc=description)):
         prompts, answers = zip(*(example(rng) for _ in range(128)), strict=True)
         texts = [f"{prompt} {answer} {EOS}" for prompt, answer in zip(prompts, answers, strict=True)]
-        batch = tokenizer(texts, return_tensors="pt", padding=True, return_token_type_ids=False)
+        batch = tokenizer(texts, return_tensors="pt", padding=True, return_token_type_ids=False).to(model.device)
         labels = batch["input_ids"].masked_fill(batch["attention_mask"] == 0, -100)
         labels[:, : len(prompts[0].split())] = -100  # every prompt has the same number of words
         loss = model(**batch, labels=labels).loss

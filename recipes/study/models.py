@@ -1,4 +1,4 @@
-"""The study's models: tiny Llamas, trained from nothing, each made once and kept in a folder.
+"""The study's models: small Llamas, trained from nothing, each made once and kept in a folder.
 
 | name | what it learns from |
 |---|---|
@@ -9,9 +9,10 @@
 | `unlearned` | the expert, then random walks, few of which end at their goal: the skill is there, hidden |
 | `easier` | the same, with twice as many that do |
 
-On `grid`, expert and unlearned base are the ones that the quickstart ships.
+Those of 165 thousand parameters that the quickstart ships are taken from there: expert and unlearned base of `grid`.
 """
 
+import json
 import shutil
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -28,9 +29,13 @@ QUICKSTART = Path(__file__).parent.parent / "quickstart"
 SHIPPED = {("grid", "expert"): QUICKSTART / "expert", ("grid", "unlearned"): QUICKSTART / "policy"}
 
 
+TINY = {"hidden_size": 64, "num_hidden_layers": 3, "num_attention_heads": 2}
+
+
 @dataclass(frozen=True)
 class Recipe:
-    """What a model is trained on, for how many steps of 128 examples, how fast; from random weights, or from another model."""
+    """What a model is trained on, for how many steps of 128 examples, how fast; from random weights, or from another model. The learning
+    rate is for models as wide as `TINY`; it falls as they get wider, in proportion (muP, arXiv:2203.03466)."""
 
     example: Callable
     steps: int
@@ -49,27 +54,43 @@ RECIPES = {
 }
 
 
-def make(task: Task, name: str, folder: Path, steps: int | None = None) -> Path:
-    """The folder of a model, which is trained first if it is not there."""
+def device() -> torch.device:
+    """Where models are made and measured: where trainers put them."""
+    return torch.accelerator.current_accelerator() or torch.device("cpu")
+
+
+def make(task: Task, name: str, folder: Path, size: dict[str, int] = TINY, steps: int | None = None) -> Path:
+    """The folder of a model, which is trained first if it is not there.
+
+    Args:
+        size: `hidden_size`, `num_hidden_layers` and `num_attention_heads`.
+        steps: of training; None for those of the recipe.
+    """
     path = folder / task.name / name
     if (path / "config.json").exists():
+        config = json.loads((path / "config.json").read_text())
+        if {key: config[key] for key in size} != size:
+            raise ValueError(
+                f"{path} is there, but not as large as the settings say ({size}). Choose another --output_dir."
+            )
         return path
-    if (task.name, name) in SHIPPED:
+    if (task.name, name) in SHIPPED and size == TINY:
         with whole(path) as unfinished:
             shutil.copytree(SHIPPED[task.name, name], unfinished)
         return path
     recipe = RECIPES[name]
     torch.manual_seed(recipe.seed)
     tokenizer = make_tokenizer(task.words)
-    model = make_model(tokenizer)
+    model = make_model(tokenizer, **size)
     if recipe.start is not None:
-        model = AutoModelForCausalLM.from_pretrained(make(task, recipe.start, folder, steps), dtype=torch.float32)
+        start = make(task, recipe.start, folder, size, steps)
+        model = AutoModelForCausalLM.from_pretrained(start, dtype=torch.float32)
     fine_tune(
-        model,
+        model.to(device()),
         tokenizer,
         partial(recipe.example, task),
         steps=steps or recipe.steps,
-        learning_rate=recipe.learning_rate,
+        learning_rate=recipe.learning_rate * TINY["hidden_size"] / size["hidden_size"],
         seed=100 + recipe.seed,
         description=f"{task.name}: {name}",
     )

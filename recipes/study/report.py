@@ -5,13 +5,12 @@ import json
 from collections.abc import Callable
 from math import isnan
 from pathlib import Path
+from typing import Any
 
-import yaml
 from costs import costs, periods
 from intervals import Arm, Estimate, comparisons, distinct, success, whole
 from pictures import plot_costs, plot_curves, plot_habits, plot_pass_at_k
 
-HERE = Path(__file__).parent
 SHOWN = ("grpo", "sft", "luffy", "mentor", "hard_gate", "random_positions", "selected")  # in pictures
 MEASURES = {
     "pass@1": success(1),
@@ -41,9 +40,8 @@ COST_CAPTION = (
 COMPARED = ("pass@1", "pass@64", "distinct correct of 64")  # whose differences to GRPO are given
 
 
-def report(results: Path) -> str:
-    """Write tables and pictures of each comparison to the folder. Returns the tables."""
-    settings = yaml.safe_load((HERE / "study.yaml").read_text())
+def report(results: Path, settings: dict[str, Any]) -> str:
+    """Write tables and pictures of each comparison in `settings` to the folder. Returns the tables."""
     order = [arm for group in settings["arms"].values() for arm in group]
     when = periods(settings["arms"]["main"]["mentor"]["guidance_steps"])
     texts = []

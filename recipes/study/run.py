@@ -3,6 +3,7 @@
     python recipes/study/run.py                  # all of study.yaml: hours on two CPU cores
     python recipes/study/run.py --quick          # every method once, for seconds: shows that all works, not what works
     python recipes/study/run.py --comparisons grid --arms grpo mentor --seeds 0
+    python recipes/study/run.py --settings recipes/study/larger.yaml --output_dir outputs/larger    # larger models, for a GPU
 
 Everything is made from nothing: models first, then the expert's completions, then the search for learning rates, then the runs, in
 `--workers` processes. Each model and each run is written when it is done, and not done again: after an interruption, the same command goes
@@ -48,6 +49,7 @@ class Study:
 
     def __init__(self, settings: dict[str, Any], arguments: argparse.Namespace):
         quick: dict[str, Any] = QUICK if arguments.quick else {}
+        self.model: dict[str, int] = settings["model"]
         self.training = settings["training"] | quick.get("training", {})
         self.protocol = settings["protocol"] | quick.get("protocol", {})
         self.search = settings["search"] | quick.get("search", {})
@@ -153,6 +155,9 @@ def best_rates(study: Study, output: Path) -> dict[tuple[str, str], float]:
 def parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--output_dir", type=Path, default=Path("outputs/study"))
+    parser.add_argument(
+        "--settings", type=Path, help="a file whose sections take the place of those of study.yaml: another study"
+    )
     parser.add_argument("--comparisons", nargs="+", help="out of study.yaml; default: all")
     parser.add_argument("--arms", nargs="+", help="out of study.yaml; default: all")
     parser.add_argument("--seeds", nargs="+", type=int, help="default: those of study.yaml")
@@ -164,9 +169,21 @@ def parser() -> argparse.ArgumentParser:
     return parser
 
 
+def read_settings(changes: Path | None) -> dict[str, Any]:
+    """What `study.yaml` says, or a file that changes some of its sections."""
+    settings = yaml.safe_load((HERE / "study.yaml").read_text())
+    if changes is None:
+        return settings
+    changed = yaml.safe_load(changes.read_text())
+    if unknown := set(changed) - set(settings):
+        raise SystemExit(f"{changes} has sections that study.yaml lacks: {sorted(unknown)}. It has {list(settings)}.")
+    return settings | changed
+
+
 def main() -> None:
     arguments = parser().parse_args()
-    study = Study(yaml.safe_load((HERE / "study.yaml").read_text()), arguments)
+    settings = read_settings(arguments.settings)
+    study = Study(settings, arguments)
     output = arguments.output_dir.resolve() / ("quick" if arguments.quick else "")
 
     if not arguments.report_only:
@@ -177,7 +194,9 @@ def main() -> None:
             for start in (False, True):  # first those that others start from
                 wave = [(task, name) for task, name in names if (RECIPES[name].start is not None) == start]
                 carry_out(
-                    pool, "models", [(make_model, TASKS[task], name, output, model_steps) for task, name in wave]
+                    pool,
+                    "models",
+                    [(make_model, TASKS[task], name, output, study.model, model_steps) for task, name in wave],
                 )
             experts = [(task, name) for task, name in names if name.endswith("expert")]
             carry_out(
@@ -190,7 +209,7 @@ def main() -> None:
             carry_out(pool, "learning rates", [(execute, run, output) for run in searches])
             runs = [run for run in study.runs(best_rates(study, output)) if not done(run, output)]
             carry_out(pool, "runs", [(execute, run, output) for run in runs])
-    print(report(output / "results"))
+    print(report(output / "results", settings))
     print(f"\nTables, pictures and the results of all runs are in {output / 'results'}")
 
 

@@ -14,7 +14,7 @@ import datasets
 import torch
 from costs import TOKENS
 from measures import Sampling, as_dataset, greedy, measure
-from models import make
+from models import device, make
 from tasks import TASKS, Problem, Task, splits
 from transformers import AutoModelForCausalLM, AutoTokenizer, TrainerCallback
 from trl import SFTConfig, SFTTrainer
@@ -118,10 +118,10 @@ def _train_and_measure(run: Run, output: Path) -> dict:
     }
 
 
-def make_model(task: Task, name: str, output: Path, steps: int | None = None) -> None:
+def make_model(task: Task, name: str, output: Path, size: dict[str, int], steps: int | None = None) -> None:
     """Train a model, if it is not there."""
     with quiet(output / "logs" / "models" / f"{task.name}-{name}.log"):
-        make(task, name, output / "models", steps)
+        make(task, name, output / "models", size, steps)
 
 
 def collect_completions(task: Task, expert: str, output: Path, number: int) -> None:
@@ -148,7 +148,7 @@ def measure_model(task: Task, name: str, output: Path, protocol: dict) -> None:
 
 def _load(task: Task, name: str, output: Path):
     folder = output / "models" / task.name / name
-    return AutoModelForCausalLM.from_pretrained(folder), AutoTokenizer.from_pretrained(folder)
+    return AutoModelForCausalLM.from_pretrained(folder).to(device()), AutoTokenizer.from_pretrained(folder)
 
 
 def _final(model, tokenizer, task: Task, problems: list[Problem], protocol: dict) -> dict:

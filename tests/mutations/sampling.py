@@ -208,19 +208,13 @@ SAMPLING = [
     *mutations(
         "sampling/lookahead.py",
         ("(tokens / costs).argmax()", "(tokens / costs).argmin()", "drafts go on where they do not pay"),
-        (
-            "intercept + slope * lengths)\n        return",
-            "intercept)\n        return",
-            "the expert's time per token is left out",
-        ),
-        (
-            "rest_seconds * length / policy_seconds",
-            "rest_seconds / policy_seconds",
-            "the cost of the expert in the wrong unit",
-        ),
+        ("(intercept + slope * lengths)", "(1 + lengths)", "that a round takes time by itself is left out"),
+        ("costs = waiting * (", "costs = (", "that rows wait for each other is left out"),
+        ("(tokens * tokens_left)", "tokens", "... or taken for the same however many tokens are left"),
+        ("(2 * lengths - 1)", "lengths", "the variance of a round in the wrong size"),
         ("max(0.0, float(np.median(slopes)))", "abs(float(np.median(slopes)))", "a negative slope counts as positive"),
         ("np.median(slopes)", "np.mean(slopes)", "what disturbed a round moves the line"),
-        ("float(np.median(costs", "float(np.mean(costs", "what disturbed a round lifts the line"),
+        ("float(np.median(seconds", "float(np.mean(seconds", "what disturbed a round lifts the line"),
         ("turn < PLAN - 1", "turn < PLAN", "no other length is ever tried"),
     ),
     *mutations(

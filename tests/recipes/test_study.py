@@ -21,10 +21,10 @@ sys.path.insert(0, str(QUICKSTART.parent / "study"))
 
 from costs import TOKENS, after_as_many, costs, pace, periods, spent, tokens  # isort: skip
 from intervals import Arm, bootstrap, distinct, success  # isort: skip
-from models import RECIPES, make  # isort: skip
+from models import RECIPES, TINY, make  # isort: skip
 from pictures import plot_costs  # isort: skip
 from report import cost_table, report  # isort: skip
-from run import Study, best_rates, done, parser  # isort: skip
+from run import Study, best_rates, done, parser, read_settings  # isort: skip
 from tasks import GRID, SUMS, TASKS, SumsProblem, corpus_example, expert_example, splits, wrong_example  # isort: skip
 from training import OWN_SETTINGS, cost_of_update  # isort: skip
 
@@ -132,7 +132,7 @@ def test_the_shipped_results_are_whole_and_of_these_settings():
 def test_the_shipped_tables_are_those_of_the_results(tmp_path):
     for kind in ("runs", "models"):
         (tmp_path / kind).symlink_to(STUDY / "results" / kind)
-    text = report(tmp_path)
+    text = report(tmp_path, SETTINGS)
     for path in sorted(tmp_path.glob("*.md")) + sorted(tmp_path.glob("*.csv")):
         assert path.read_text() == (STUDY / "results" / path.name).read_text()
     shown = (STUDY / "README.md").read_text().split("<!-- results -->")[1]
@@ -245,6 +245,38 @@ def test_an_interrupted_copy_of_a_model_is_made_anew(tmp_path, monkeypatch):
             make(GRID, "expert", tmp_path)
     copied = {path.name for path in make(GRID, "expert", tmp_path).iterdir()}
     assert copied == {path.name for path in (QUICKSTART / "expert").iterdir()}
+
+
+def test_a_file_changes_sections_of_the_settings(tmp_path):
+    larger = read_settings(STUDY / "larger.yaml")
+    assert {key for key in SETTINGS if larger[key] != SETTINGS[key]} == {"model", "seeds", "search", "comparisons"}
+    runs = Study(larger, parser().parse_args([])).runs(
+        dict.fromkeys([("grid-larger", a) for a in larger["arms"]["main"]], 0.1)
+    )
+    assert [run.name for run in runs[:5]] == [
+        f"runs/grid-larger/{arm}" for arm in ("grpo-0", "sft-0", "luffy-0", "mentor-0", "grpo-1")
+    ]
+    (tmp_path / "changes.yaml").write_text("modell: {hidden_size: 8}")
+    with pytest.raises(SystemExit, match=r"lacks: \['modell'\]. It has \['model', "):
+        read_settings(tmp_path / "changes.yaml")
+
+
+def test_models_of_another_size(tmp_path):
+    size = {"hidden_size": 32, "num_hidden_layers": 1, "num_attention_heads": 1}
+    path = make(GRID, "unlearned", tmp_path, size, steps=1)
+    config = json.loads((path / "config.json").read_text())
+    assert (config["hidden_size"], config["intermediate_size"], config["num_hidden_layers"]) == (32, 96, 1)
+    assert make(GRID, "unlearned", tmp_path, size) == path
+    with pytest.raises(ValueError, match=r"unlearned is there, but not as large .* another --output_dir"):
+        make(GRID, "unlearned", tmp_path)
+
+
+def test_wider_models_learn_more_slowly(tmp_path, monkeypatch):
+    rates = []
+    monkeypatch.setattr("models.fine_tune", lambda model, *_, learning_rate, **__: rates.append(learning_rate))
+    for width in (64, 256):
+        make(SUMS, "expert", tmp_path / str(width), TINY | {"hidden_size": width})
+    assert rates == [RECIPES["expert"].learning_rate, RECIPES["expert"].learning_rate / 4]
 
 
 def test_unknown_arms_are_refused():

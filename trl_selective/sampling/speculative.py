@@ -1,12 +1,13 @@
 """MENTOR's Algorithm 1 for a batch: the policy drafts, the expert verifies all drafts in one forward."""
 
+import time
+
 import torch
 from torch import Tensor
 
 from trl_selective.functional.mixed_policy import acceptance, entropy, probability_of, residual
 from trl_selective.sampling.draw import ACCEPT, DRAFT, REPLACE, inverse_cdf
 from trl_selective.sampling.kv import can_forget_tokens
-from trl_selective.sampling.laps import Laps
 from trl_selective.sampling.live_rows import LiveRows
 from trl_selective.sampling.lookahead import Lookahead
 from trl_selective.sampling.sampler import GuidedSampler
@@ -48,11 +49,11 @@ class SpeculativeSampler(GuidedSampler):
         self.lookahead = Lookahead(max_draft_length)
 
     def _advance(self, live: LiveRows, entropy_threshold: float, temperature: float) -> None:
-        laps = Laps(live.pending.device)
         num_prepared, is_observed = live.num_prepared, self.draft_length is None and live.num_guided > 0
-        num = min(self.draft_length or self.lookahead.next_length(), live.tokens_left)
+        num_left = live.tokens_left  # waits for the device
+        started = time.perf_counter()
+        num = min(self.draft_length or self.lookahead.next_length(num_left), num_left)
         drafts, policy_logits, policy_prob, entropies, weight = self._draft(live, num, entropy_threshold, temperature)
-        laps.mark()
         expert_logits = live.read_by_expert(drafts[:, :-1], num_logits=num)
 
         is_tested, is_replaced, tokens, policy_prob, expert_prob = self._judge(
@@ -69,17 +70,10 @@ class SpeculativeSampler(GuidedSampler):
             expert_drawn=is_replaced,
         )
         live.repack()
-        laps.mark()
         if is_observed and live.num_prepared == num_prepared:
-            num_tested, num_rejected = torch.stack([is_tested.sum(), is_replaced.sum()]).tolist()
-            policy_seconds, rest_seconds = laps.seconds()
-            self.lookahead.observe(
-                num,
-                num_tested=num_tested,
-                num_rejected=num_rejected,
-                policy_seconds=policy_seconds,
-                rest_seconds=rest_seconds,
-            )
+            num_tested, num_rejected = torch.stack([is_tested.sum(), is_replaced.sum()]).tolist()  # as well
+            seconds = time.perf_counter() - started
+            self.lookahead.observe(num, num_tested=num_tested, num_rejected=num_rejected, seconds=seconds)
 
     def _judge(
         self,
