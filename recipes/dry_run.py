@@ -243,11 +243,12 @@ def device_gib() -> float:
 
 
 def memory(args: SelectiveGuidanceGRPOConfig, model: ModelConfig, num_processes: int) -> list[str]:
-    """The estimate as lines of a table, without sharding and with ZeRO-2."""
+    """The estimate as lines of a table, without sharding and with it."""
     run = plan(args, model)
     runs = {"no sharding": run}
     if num_processes > 1:
         runs[f"ZeRO-2 x {num_processes}"] = replace(run, num_shards=num_processes)
+        runs[f"ZeRO-3 x {num_processes}"] = replace(run, num_shards=num_processes, is_policy_sharded=True)
     estimates = [estimate_memory(each) for each in runs.values()]
     return [
         *(f"{role}: {described(name)}" for role, name in roles(args, model, run).items()),
@@ -255,7 +256,7 @@ def memory(args: SelectiveGuidanceGRPOConfig, model: ModelConfig, num_processes:
         _line("", runs),
         *(_line(name, amounts) for name, amounts in table(estimates)),
         *(fit(each, name) for name, each in runs.items()),
-        "Not counted: the CUDA context, fragmentation, communication buffers, quantisation.",
+        "Not counted: the CUDA context, fragmentation, communication buffers, CUDA graphs (some GiB), quantisation. FSDP2 needs what ZeRO-3 needs.",
     ]
 
 
@@ -273,7 +274,8 @@ def table(estimates: list[Estimate]) -> list[tuple[str, list[str]]]:
     rows: list[tuple[str, list[int]]] = []
     for phase in ("always", "rollouts", "update"):
         parts: list[dict[str, Any]] = [getattr(estimate, phase) for estimate in estimates]
-        rows += [(f"{phase}: {name}", [part[name] for part in parts]) for name in parts[0]]
+        names = dict.fromkeys(name for part in parts for name in part)
+        rows += [(f"{phase}: {name}", [part.get(name, 0) for part in parts]) for name in names]
     rows += [
         ("peak of rollouts", [e.rollout_peak for e in estimates]),
         ("peak of an update", [e.update_peak for e in estimates]),

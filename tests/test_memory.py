@@ -117,6 +117,11 @@ def test_what_changes_what():
     assert sharded.always["optimizer"] == 1000 * (2 + 1) * 4 // 4  # float32: two moments and the weights
     assert sharded.update["gradients"] == 500
 
+    parted = estimate_memory(replace(RUN, num_shards=4, is_policy_sharded=True))
+    assert parted.always == {**sharded.always, "policy": 500}
+    assert parted.rollouts == {**sharded.rollouts, "policy, whole": 2000}
+    assert parted.update == {**sharded.update, "policy, a layer": 1000}  # of two
+
     engine = estimate_memory(replace(RUN, engine_bytes=99))
     assert (engine.always["inference engine"], engine.rollouts) == (99, {})
     assert rollout_bytes_per_token(replace(RUN, engine_bytes=99, expert=None)) == 0

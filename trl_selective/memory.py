@@ -87,7 +87,8 @@ class Run:
         micro_rows: rows of one forward and backward pass.
         is_checkpointed: activations are recomputed in the backward pass.
         engine_bytes: what an inference engine reserves, with its own weights and cache; 0: rollouts by Transformers.
-        num_shards: processes over which ZeRO-2 splits gradients, optimizer and float32 weights; 1: nothing is split.
+        num_shards: processes over which ZeRO and FSDP2 split gradients, optimizer and float32 weights; 1: nothing is split.
+        is_policy_sharded: its weights are split as well (ZeRO-3, FSDP2), and whole on each process during rollouts.
     """
 
     policy: ModelSize
@@ -107,6 +108,7 @@ class Run:
     draft_tokens: int = 1
     engine_bytes: int = 0
     num_shards: int = 1
+    is_policy_sharded: bool = False
 
 
 @dataclass(frozen=True)
@@ -156,10 +158,10 @@ def _always(run: Run) -> dict[str, int]:
         optimizer = run.num_trainable * (run.optimizer_values + 1) * FLOAT32 // run.num_shards
     return _present(
         {
-            "policy": run.policy.num_parameters * run.weight_bytes,
+            "policy": _policy_weights(run) // (run.num_shards if run.is_policy_sharded else 1),
             "adapter": is_adapter * run.num_trainable * run.trainable_bytes,
             "optimizer": optimizer,
-            "frozen copies of the policy": run.frozen_copies * run.policy.num_parameters * run.weight_bytes,
+            "frozen copies of the policy": run.frozen_copies * _policy_weights(run),
             "expert": 0 if run.is_expert_offloaded else _expert_weights(run),
             "inference engine": run.engine_bytes,
         }
@@ -172,6 +174,7 @@ def _rollouts(run: Run) -> dict[str, int]:
     laws = 2 if run.guided_rows else 1  # the policy's distributions, and the expert's
     return _present(
         {
+            "policy, whole": _policy_weights(run) if run.is_policy_sharded else 0,
             "expert, offloaded otherwise": _expert_weights(run) if run.is_expert_offloaded else 0,
             "cache of the policy": run.row_tokens * _policy_cache(run),
             "cache of the expert": run.row_tokens * _expert_cache(run),
@@ -182,11 +185,18 @@ def _rollouts(run: Run) -> dict[str, int]:
 
 def _update(run: Run) -> dict[str, int]:
     tokens = run.micro_rows * run.row_tokens
-    return {
-        "gradients": run.num_trainable * run.trainable_bytes // run.num_shards,
-        "activations": activation_bytes(run.policy, tokens, run.weight_bytes, run.is_checkpointed),
-        "logits": min(tokens, HEAD_TILE) * run.policy.vocab_size * FLOAT32,
-    }
+    return _present(
+        {
+            "policy, a layer": _policy_weights(run) // run.policy.num_layers if run.is_policy_sharded else 0,
+            "gradients": run.num_trainable * run.trainable_bytes // run.num_shards,
+            "activations": activation_bytes(run.policy, tokens, run.weight_bytes, run.is_checkpointed),
+            "logits": min(tokens, HEAD_TILE) * run.policy.vocab_size * FLOAT32,
+        }
+    )
+
+
+def _policy_weights(run: Run) -> int:
+    return run.policy.num_parameters * run.weight_bytes
 
 
 def _policy_cache(run: Run) -> int:

@@ -215,7 +215,7 @@ SAMPLING = [
         ("max(0.0, float(np.median(slopes)))", "abs(float(np.median(slopes)))", "a negative slope counts as positive"),
         ("np.median(slopes)", "np.mean(slopes)", "what disturbed a round moves the line"),
         ("float(np.median(seconds", "float(np.mean(seconds", "what disturbed a round lifts the line"),
-        ("turn < PLAN - 1", "turn < PLAN", "no other length is ever tried"),
+        ("turn < PLAN - 1", "turn < PLAN", "no round is ever shorter"),
     ),
     *mutations(
         "sampling/unguided.py",

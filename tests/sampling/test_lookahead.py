@@ -126,13 +126,13 @@ def test_the_first_lengths_and_the_limit(max_length):
     assert lookahead.best_length(NO_END) == max(lengths) == max_length
 
 
-def test_other_lengths_are_tried_now_and_then():
+def test_a_round_of_each_plan_is_shorter():
     lookahead, lengths = Lookahead(), []
     for _ in range(len(FIRST_LENGTHS) + 3 * PLAN):
         lengths.append(lookahead.next_length(NO_END))
         observe(lookahead, lengths[-1], 0.9, 2.0, 0.0)  # best: 6
     one = [6] * (PLAN - 1)
-    assert lengths[len(FIRST_LENGTHS) :] == [*one, 4, *one, 9, *one, 4]
+    assert lengths[len(FIRST_LENGTHS) :] == [*one, 4] * 3
 
 
 def test_old_rounds_are_forgotten():
@@ -217,7 +217,18 @@ def test_the_survival_of_a_draft_is_what_the_expert_leaves(told):
     sampler = Guidance("constant", max_weight=0.5).sampler(None, tiny_model(1), tiny_model(2))
     rollout = sampler.sample(PROMPTS * 8, entropy_threshold=1.0, max_completion_length=60, eos_token_ids=())
     share = sum(map(sum, rollout.expert_drawn)) / rollout.num_tokens
-    assert 1 - sampler.lookahead.survival == pytest.approx(share, rel=0.2)
+    assert 1 - sampler.lookahead(len(PROMPTS * 8)).survival == pytest.approx(share, rel=0.2)
     sampler = Guidance("constant", max_weight=0.5).sampler(None, tiny_model(1), tiny_model(1))
     sampler.sample(PROMPTS * 8, entropy_threshold=1.0, max_completion_length=60, eos_token_ids=())
-    assert sampler.lookahead.survival > 0.99
+    assert sampler.lookahead(len(PROMPTS * 8)).survival > 0.99
+
+
+def test_few_rows_say_nothing_of_many():
+    sampler = Guidance("constant", max_weight=0.5).sampler(None, tiny_model(1), tiny_model(2))
+    call = {"entropy_threshold": 1.0, "max_completion_length": 60, "eos_token_ids": ()}
+    sampler.sample(PROMPTS * 5, **call)  # 15 rows, and fewer at the end
+    assert sampler.lookahead(15) is sampler.lookahead(8)
+    assert sampler.lookahead(15).rounds > 0 == sampler.lookahead(16).rounds
+    sampler.sample(PROMPTS * 6, **call)
+    assert sampler.lookahead(16) is sampler.lookahead(31)
+    assert sampler.lookahead(18).rounds > 0

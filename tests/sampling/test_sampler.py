@@ -38,7 +38,7 @@ def test_by_name(models):
     assert type(make("coin", *models, draft_length=3)) is CoinSampler
     fixed, chosen = make("speculative", *models, draft_length=3), make("speculative", *models)
     assert type(fixed) is type(chosen) is SpeculativeSampler
-    assert (fixed.draft_length, chosen.draft_length, chosen.lookahead.max_length) == (3, None, 9)
+    assert (fixed.draft_length, chosen.draft_length, chosen.lookahead(1).max_length) == (3, None, 9)
     with pytest.raises(ValueError, match="sliding-window or recurrent layers"):
         make("speculative", models[0], tiny_model(1, "sliding"))
 

@@ -1,14 +1,13 @@
 """How far should the policy draft before the expert is asked? As far as gives most tokens for the time."""
 
-import math
 from collections import deque
 from dataclasses import dataclass, field
 
 import numpy as np
 
 FIRST_LENGTHS = (4, 2, 8)  # of the first rounds, so that a line can be laid through what they cost
-PLAN = 8  # rounds that a length is chosen for; the last of them tries another one, so that the line rests on more than one
-TRY_FACTOR = 1.5  # by which the other length is larger, or smaller, in turn
+PLAN = 8  # rounds that a length is chosen for; the last of them is shorter, so that the line rests on more than one
+SHORTER = 1.5  # by this factor: a longer one could need a graph of its own on a GPU
 WINDOW = 32  # rounds that the line is laid through
 MEMORY = 0.95  # how much of its past acceptance each round keeps
 
@@ -61,8 +60,8 @@ class Lookahead:
         elif turn < PLAN - 1:
             length = self.length
         else:
-            length = math.ceil(self.length * TRY_FACTOR) if plan % 2 else int(self.length / TRY_FACTOR)
-        return min(max(1, length), self.max_length, tokens_left)
+            length = int(self.length / SHORTER) or 2
+        return min(length, self.max_length, tokens_left)
 
     def best_length(self, tokens_left: int) -> int:
         """The length with most tokens for its cost, as far as is known."""

@@ -1,6 +1,7 @@
 """MENTOR's Algorithm 1 for a batch: the policy drafts, the expert verifies all drafts in one forward."""
 
 import time
+from collections import defaultdict
 
 import torch
 from torch import Tensor
@@ -46,13 +47,18 @@ class SpeculativeSampler(GuidedSampler):
                 f"draft_length and max_draft_length must be at least 1, got {draft_length} and {max_draft_length}."
             )
         self.draft_length = draft_length
-        self.lookahead = Lookahead(max_draft_length)
+        self._lookaheads = defaultdict[int, Lookahead](lambda: Lookahead(max_draft_length))
+
+    def lookahead(self, num_rows: int) -> Lookahead:
+        """What was learned from rounds of about as many rows: to a power of 2, since a few rows take other times than many."""
+        return self._lookaheads[num_rows.bit_length()]
 
     def _advance(self, live: LiveRows, entropy_threshold: float, temperature: float) -> None:
         num_prepared, is_observed = live.num_prepared, self.draft_length is None and live.num_guided > 0
         num_left = live.tokens_left  # waits for the device
         started = time.perf_counter()
-        num = min(self.draft_length or self.lookahead.next_length(num_left), num_left)
+        lookahead = self.lookahead(len(live))
+        num = min(self.draft_length or lookahead.next_length(num_left), num_left)
         drafts, policy_logits, policy_prob, entropies, weight = self._draft(live, num, entropy_threshold, temperature)
         expert_logits = live.read_by_expert(drafts[:, :-1], num_logits=num)
 
@@ -73,7 +79,7 @@ class SpeculativeSampler(GuidedSampler):
         if is_observed and live.num_prepared == num_prepared:
             num_tested, num_rejected = torch.stack([is_tested.sum(), is_replaced.sum()]).tolist()  # as well
             seconds = time.perf_counter() - started
-            self.lookahead.observe(num, num_tested=num_tested, num_rejected=num_rejected, seconds=seconds)
+            lookahead.observe(num, num_tested=num_tested, num_rejected=num_rejected, seconds=seconds)
 
     def _judge(
         self,
