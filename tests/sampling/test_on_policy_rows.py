@@ -106,8 +106,8 @@ def test_without_a_guided_row_there_is_no_expert(models, kind):
     )
     assert_recorded(rollout, *models, ALL, W0)
     assert rollout.expert_forwards == rollout.policy_forwards == rollout.num_drafted == 0
-    if kind is None:
-        assert all(sampler.lookahead(num).rounds == 0 for num in range(1, 9))  # forwards that did not happen say nothing about their cost
+    if kind is None:  # forwards that did not happen say nothing about their cost
+        assert all(sampler.lookahead(num).rounds == 0 for num in range(1, 9))
 
 
 @pytest.mark.parametrize("architecture", MINDFUL)

@@ -14,10 +14,9 @@ from torch.nn.functional import pad
 
 DRAFT, ACCEPT, REPLACE = range(3)
 BELOW_1 = 1 - 2**-53  # the largest uniform in float64
-MAX_SCAN = (
-    2**15
-)  # tokens whose probabilities are summed up one by one: a GPU does that with a single processor for each row
-BLOCK = 512  # tokens; of more than `MAX_SCAN` first the block is drawn, and then the token
+# Of more tokens than this first a block of tokens is drawn, then one of these: a GPU runs a cumulative sum with one processor per row.
+MAX_SCAN = 2**15
+BLOCK = 512
 
 
 def position_noise(num_rows: int, num_positions: int, device: torch.device) -> Float[Tensor, "rows positions 3"]:

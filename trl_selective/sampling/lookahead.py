@@ -17,10 +17,9 @@ class Lookahead:
     """Chooses the number of drafts of each round from the acceptance and the times of the rounds so far.
 
     What a round of K drafts yields, if each of them survives with probability s: 1 + s + ... + s^(K-1) tokens per row. What it costs: the time on
-    a straight line in K that is laid through the last rounds (by Theil and Sen: a few that other work on the machine disturbed do not
-    move it). Rows get apart: those that are behind after L tokens are so by about one
-    standard deviation of the sum of their rounds, a share sqrt(variance / (mean L)) of all, and are waited for. The K with most tokens for
-    its cost is chosen.
+    a straight line in K that is laid through the last rounds (by Theil and Sen: a few that other work on the machine disturbed do not move
+    it). Rows get apart, and the last ones are waited for: over L tokens by about one standard deviation of what L / mean rounds yield,
+    a share sqrt(variance / (mean L)) of the time. The K with most tokens for its cost is chosen.
 
     That a draft cannot be rejected is sometimes known at once: its acceptance number u is drawn with it, and one with u < 1 - w stands
     whatever the expert says (Eq. 7). To end each round by that was measured to gain nothing over lengths that are planned, which

@@ -55,7 +55,9 @@ class SpeculativeSampler(GuidedSampler):
 
     def _advance(self, live: LiveRows, entropy_threshold: float, temperature: float) -> None:
         num_prepared, is_observed = live.num_prepared, self.draft_length is None and live.num_guided > 0
-        num_left = live.tokens_left  # waits for the device
+        num_left = (
+            live.tokens_left
+        )  # this waits for the device, as does what is read at the end of the round: its time is the device's
         started = time.perf_counter()
         lookahead = self.lookahead(len(live))
         num = min(self.draft_length or lookahead.next_length(num_left), num_left)
@@ -77,7 +79,7 @@ class SpeculativeSampler(GuidedSampler):
         )
         live.repack()
         if is_observed and live.num_prepared == num_prepared:
-            num_tested, num_rejected = torch.stack([is_tested.sum(), is_replaced.sum()]).tolist()  # as well
+            num_tested, num_rejected = torch.stack([is_tested.sum(), is_replaced.sum()]).tolist()
             seconds = time.perf_counter() - started
             lookahead.observe(num, num_tested=num_tested, num_rejected=num_rejected, seconds=seconds)
 
