@@ -256,8 +256,8 @@ def test_a_file_changes_sections_of_the_settings(tmp_path):
     assert [run.name for run in runs[:5]] == [
         f"runs/grid-larger/{arm}" for arm in ("grpo-0", "sft-0", "luffy-0", "mentor-0", "grpo-1")
     ]
-    (tmp_path / "changes.yaml").write_text("modell: {hidden_size: 8}")
-    with pytest.raises(SystemExit, match=r"lacks: \['modell'\]. It has \['model', "):
+    (tmp_path / "changes.yaml").write_text("sizes: {hidden_size: 8}")
+    with pytest.raises(SystemExit, match=r"lacks: \['sizes'\]. It has \['model', "):
         read_settings(tmp_path / "changes.yaml")
 
 
