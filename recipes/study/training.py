@@ -304,9 +304,9 @@ def _columns(entries: list[dict], names: tuple[str, ...]) -> dict[str, list]:
 
 
 def _mean_length(run: Run, output: Path) -> float:
-    """Mean number of tokens of the expert's right answers, the end token included."""
+    """Mean number of tokens of the expert's right answers, the end token included; 0 if it has none."""
     lengths = [len(answer.split()) + 1 for row in _rows(run, output) for answer in _right(row)]
-    return sum(lengths) / len(lengths)
+    return sum(lengths) / len(lengths) if lengths else 0.0
 
 
 def _costs(phases: list, sft_length: float) -> list[dict]:
