@@ -61,7 +61,7 @@ class Study:
         self.chosen = arguments.arms or (QUICK_ARMS if arguments.quick else list(self.changes))
         for names, known in ((self.wanted, self.comparisons), (self.chosen, self.changes)):
             if unknown := set(names) - set(known):
-                raise SystemExit(f"study.yaml has no {sorted(unknown)}, only {list(known)}.")
+                raise SystemExit(f"The settings have no {sorted(unknown)}, only {list(known)}.")
 
     def arms_of(self, comparison: str) -> list[str]:
         listed = self.comparisons[comparison]["arms"]
@@ -127,7 +127,7 @@ def done(run: Run, output: Path) -> bool:
     result, wanted = json.loads(path.read_text()), json.loads(json.dumps(asdict(run)))
     if different := [key for key, value in wanted.items() if result[key] != value]:
         raise SystemExit(
-            f"{path} was made with other {', '.join(different)} than study.yaml and the command line say now. Remove it to have it made anew, or "
+            f"{path} was made with other {', '.join(different)} than the settings and the command line say now. Remove it to have it made anew, or "
             "choose another --output_dir."
         )
     return True

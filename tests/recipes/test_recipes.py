@@ -85,6 +85,7 @@ def test_dry_run(path, monkeypatch):
     assert "(from architectures.yaml)" in report
     assert ("expert: " in report) == ("mentor" in str(path))
     assert re.search(r"^(no sharding|ZeRO-2 x 8): fits into", report, re.MULTILINE)
+    assert ("\nZeRO-3 x 8: " in report) == (path != LORA)  # on a single GPU nothing is divided
     assert f"output_dir: outputs/{name_of(path)}" in path.read_text()
 
 

@@ -248,6 +248,8 @@ def test_an_interrupted_copy_of_a_model_is_made_anew(tmp_path, monkeypatch):
 
 
 def test_a_file_changes_sections_of_the_settings(tmp_path):
+    assert read_settings(None) == SETTINGS
+    assert SETTINGS["model"] == TINY
     larger = read_settings(STUDY / "larger.yaml")
     assert {key for key in SETTINGS if larger[key] != SETTINGS[key]} == {"model", "seeds", "search", "comparisons"}
     runs = Study(larger, parser().parse_args([])).runs(

@@ -213,7 +213,7 @@ def test_only_drafts_that_were_come_to_count(told):
     assert rollout.num_drafted == sum(entry["length"] for entry in told) > 400
 
 
-def test_the_survival_of_a_draft_is_what_the_expert_leaves(told):
+def test_the_survival_of_a_draft_is_what_the_expert_leaves():
     sampler = Guidance("constant", max_weight=0.5).sampler(None, tiny_model(1), tiny_model(2))
     rollout = sampler.sample(PROMPTS * 8, entropy_threshold=1.0, max_completion_length=60, eos_token_ids=())
     share = sum(map(sum, rollout.expert_drawn)) / rollout.num_tokens

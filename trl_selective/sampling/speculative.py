@@ -55,9 +55,8 @@ class SpeculativeSampler(GuidedSampler):
 
     def _advance(self, live: LiveRows, entropy_threshold: float, temperature: float) -> None:
         num_prepared, is_observed = live.num_prepared, self.draft_length is None and live.num_guided > 0
-        num_left = (
-            live.tokens_left
-        )  # this waits for the device, as does what is read at the end of the round: its time is the device's
+        # To ask for the tokens left is to wait for the device, as with the counts at the end of the round: its time is the device's.
+        num_left = live.tokens_left
         started = time.perf_counter()
         lookahead = self.lookahead(len(live))
         num = min(self.draft_length or lookahead.next_length(num_left), num_left)
