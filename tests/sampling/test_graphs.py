@@ -23,10 +23,10 @@ def static_forwards(monkeypatch):
     widths = []
     read = graphs.StaticForward.read
 
-    def read_and_note(self, token_ids, attention_mask, position_ids, width):
+    def read_and_note(self, token_ids, attention_mask, position_ids, width, is_aside):
         widths.append(width)
         assert token_ids.shape[1] <= width
-        return read(self, token_ids, attention_mask, position_ids, width)
+        return read(self, token_ids, attention_mask, position_ids, width, is_aside)
 
     monkeypatch.setattr(graphs.StaticForward, "read", read_and_note)
     monkeypatch.setattr(live_rows, "cached_model", GraphedModel)
@@ -82,6 +82,7 @@ def test_holes_are_removed_while_dead_rows_are_still_there(static_forwards, monk
 @pytest.mark.parametrize("kind", KINDS)
 def test_caches_outgrow_their_room(kind, static_forwards, monkeypatch):
     monkeypatch.setattr(kv, "ROOM", 3)
+    monkeypatch.setattr(kv, "STEP", 1)
     models = tiny_model(seed=1), tiny_model(seed=2)
     rollout = RAMP.sample(kind, *models, PROMPTS * 3, length=30, eos={1})
     assert_recorded(rollout, *models, PROMPTS * 3, RAMP)
@@ -122,6 +123,24 @@ def test_a_base_that_is_its_own_expert(static_forwards):
     rollout = RAMP.sample(3, policy, expert, PROMPTS, length=12)
     assert static_forwards
     assert_recorded(rollout, policy, expert, PROMPTS, RAMP)
+
+
+def test_the_expert_is_waited_for_even_if_the_policy_fails(static_forwards, monkeypatch):
+    """Else what it writes into its cache could end up in memory that others were given meanwhile."""
+    events = []
+    begin, join = GraphedModel.begin, graphs.StaticForward.join
+    monkeypatch.setattr(GraphedModel, "begin", lambda *block: events.append("begun") or begin(*block))
+    monkeypatch.setattr(graphs.StaticForward, "join", lambda forward: events.append("joined") or join(forward))
+    policy, expert = tiny_model(seed=1), tiny_model(seed=2)
+
+    def fail(*_):
+        if events and events[-1] == "begun":
+            raise KeyError("the policy fails")
+
+    policy.register_forward_pre_hook(fail)
+    with pytest.raises(KeyError, match="the policy fails"):
+        RAMP.sample(3, policy, expert, PROMPTS, length=12)
+    assert events[-2:] == ["begun", "joined"]
 
 
 # Which models.
@@ -189,6 +208,34 @@ def test_graphs_give_the_rollout_of_plain_forwards(kind, monkeypatch):
     assert ours.expert_drawn == plain.expert_drawn
     for row, logps in zip(ours.sampling_per_token_logps, plain.sampling_per_token_logps, strict=True):
         assert row == pytest.approx(logps, abs=1e-4)
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("kind", [1, 4])
+def test_models_that_read_side_by_side_do_not_disturb_each_other(kind, monkeypatch):
+    large = {"hidden_size": 512, "intermediate_size": 1024, "num_hidden_layers": 8, "num_attention_heads": 8}
+    large |= {"num_key_value_heads": 2, "head_dim": 64, "vocab_size": 2000, "max_position_embeddings": 512}
+    models = [tiny_model(seed, **large).cuda() for seed in (1, 2)]
+    for model in models:
+        for weight in model.parameters():
+            weight.data.mul_(0.05)  # of models as wide as this
+    guidance, prompts = Guidance("constant", max_weight=0.3, vocab_size=2000), PROMPTS * 16
+    is_aside, rollouts = [], []
+    read = graphs.StaticForward.read
+    monkeypatch.setattr(
+        graphs.StaticForward,
+        "read",
+        lambda forward, *inputs: (
+            is_aside.append(inputs[-1] and forward.is_ready(inputs[-2])) or read(forward, *inputs)
+        ),
+    )
+    for begin in (GraphedModel.begin, CachedModel.begin):
+        monkeypatch.setattr(GraphedModel, "begin", begin)
+        torch.manual_seed(0)
+        rollouts.append(guidance.sample(kind, *models, prompts, length=200))
+        assert any(is_aside) == (len(rollouts) == 1)
+        is_aside.clear()
+    assert rollouts[0] == rollouts[1]
 
 
 @pytest.mark.gpu

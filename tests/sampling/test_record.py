@@ -202,6 +202,7 @@ def test_holes_are_removed_and_nothing_else(models, monkeypatch):
 @pytest.mark.parametrize("kind", KINDS)
 def test_caches_outgrow_their_room(models, kind, monkeypatch):
     monkeypatch.setattr(kv, "ROOM", 3)
+    monkeypatch.setattr(kv, "STEP", 1)
     rollout = RAMP.sample(kind, *models, PROMPTS * 3, length=30)
     assert_recorded(rollout, *models, PROMPTS * 3, RAMP)
 

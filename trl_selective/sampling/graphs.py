@@ -4,16 +4,22 @@ A forward that reads one token for each row spends its time launching small kern
 all at once, but it is bound to the shapes and addresses with which it was captured. So the cache has room for more columns than there are
 (all are attended to, and those without text are masked out), blocks are padded to one of a few widths, and rows that end stay in the cache as dead
 weight until half of it is. Logits are those of a plain forward, to rounding.
+
+Graphs are replayed one behind the other, or side by side: small kernels leave most of a GPU idle.
 """
 
+import functools
 import sys
+import threading
 import warnings
-from weakref import WeakSet
+from collections.abc import Callable
+from weakref import WeakKeyDictionary, WeakSet
 
 import torch
 from jaxtyping import Int
 from torch import Tensor, nn
 
+from trl_selective.sampling.grouped_attention import grouped_attention
 from trl_selective.sampling.kv import OPTIONAL_ARGUMENTS, CachedModel, can_forget_tokens, optional_arguments
 
 # To which blocks are padded: a few more tokens take hardly longer, and each width is captured by itself.
@@ -21,6 +27,9 @@ WIDTHS = 1, 4, 8, 16, 64
 MAX_TOKENS = max(WIDTHS)  # longer blocks are bound by arithmetic
 PATIENCE = 16  # blocks read with half of the rows dead before these leave: at the maximum length, the others are about to end too
 _UNCAPTURABLE: WeakSet[nn.Module] = WeakSet()
+_WARM: WeakKeyDictionary[nn.Module, set[tuple]] = (
+    WeakKeyDictionary()
+)  # what was read plainly: name, rows, columns, width
 
 
 def cached_model(model: nn.Module, name: str) -> CachedModel:
@@ -52,21 +61,35 @@ class GraphedModel(CachedModel):
         self._static: StaticForward | None = None
 
     def read(self, token_ids, attention_mask, position_ids, num_logits):
+        return self._begin(token_ids, attention_mask, position_ids, num_logits, is_aside=False)()
+
+    def begin(self, token_ids, attention_mask, position_ids, num_logits):
+        return self._begin(token_ids, attention_mask, position_ids, num_logits, is_aside=True)
+
+    def _begin(self, token_ids, attention_mask, position_ids, num_logits, is_aside: bool) -> Callable[[], Tensor]:
         num_new, num_columns = token_ids.shape[1], attention_mask.shape[1]
         if num_new == num_columns or num_new > MAX_TOKENS:
             self._drop_static()
-            return super().read(token_ids, attention_mask, position_ids, num_logits)
+            plain = super().read(token_ids, attention_mask, position_ids, num_logits)
+            return lambda: plain
         width = next(width for width in WIDTHS if width >= num_new)
         num_needed = num_columns - num_new + width
         if self._static is None or num_needed > self._static.num_columns or self._static.num_wasted > PATIENCE:
             self._drop_static()
             for layer in self.cache.layers:
                 layer.reserve(num_needed)
-            self._static = StaticForward(self.model, self.cache)
-        self.num_prepared += not self._static.is_ready(width)
-        logits = self._static.read(token_ids, attention_mask, position_ids, width)[:, num_new - num_logits : num_new]
-        live = self._static.live
-        return logits.clone() if live is None else logits[live]  # the next forward writes over them
+            self._static = StaticForward(self.model, self.cache, self.name)
+        static = self._static
+        self.num_prepared += not static.is_ready(width)
+        every = static.read(token_ids, attention_mask, position_ids, width, is_aside)
+
+        def logits() -> Tensor:
+            if is_aside:
+                static.join()
+            new = every[:, num_new - num_logits : num_new]
+            return new.clone() if static.live is None else new[static.live]  # the next forward writes over them
+
+        return logits
 
     def keep_rows(self, rows: Int[Tensor, "kept"]) -> None:
         if self._static is None:
@@ -91,18 +114,25 @@ class GraphedModel(CachedModel):
         self._static = None
 
 
+@functools.cache
+def stream_of(name: str, device: torch.device, thread: int) -> torch.cuda.Stream:
+    """Where graphs of this name are captured and replayed, in this thread: one for good, since cuBLAS keeps a workspace for each stream."""
+    return torch.cuda.Stream(device)
+
+
 class StaticForward:
     """Inputs at fixed addresses, and the forwards that read them, for as long as the cache keeps its rows and its room.
 
     Attributes:
+        name: of the model, for what there is one of for each name.
         num_rows, num_columns: of the cache.
         length: columns with text.
         live: which rows are; None for all.
         num_wasted: blocks read while half of the rows or more were dead.
     """
 
-    def __init__(self, model: nn.Module, cache):
-        self.model, self.layers, self.cache = model, cache.layers, cache
+    def __init__(self, model: nn.Module, cache, name: str):
+        self.model, self.layers, self.cache, self.name = model, cache.layers, cache, name
         states = cache.layers[0].keys
         self.num_rows, self.length, self.num_columns = states.shape[0], states.shape[2], cache.layers[0].room
         self.live: Tensor | None = None
@@ -114,8 +144,7 @@ class StaticForward:
         self._ids = torch.zeros(self.num_rows, MAX_TOKENS, dtype=torch.long, device=device)
         self._position_ids = torch.zeros_like(self._ids)
         self._graphs: dict[int, tuple[torch.cuda.CUDAGraph, Tensor]] = {}
-        self._is_warm: set[int] = set()
-        self._stream = torch.cuda.Stream(device) if device.type == "cuda" else None
+        self._stream = stream_of(name, device, threading.get_ident()) if device.type == "cuda" else None
         self._pool = torch.cuda.graph_pool_handle() if device.type == "cuda" else None
 
     def read(
@@ -124,9 +153,15 @@ class StaticForward:
         attention_mask: Int[Tensor, "live columns"],
         position_ids: Int[Tensor, "live new"],
         width: int,
+        is_aside: bool = False,
     ) -> Tensor:
         """The logits of all rows, live or dead, behind `width` tokens, of which those beyond the new ones mean nothing. They last until the next
-        call."""
+        call.
+
+        Args:
+            is_aside: read beside what the device is told to do next, if there is a graph. The logits are there after `join`, before which
+                nothing must touch the cache.
+        """
         num_new, num_columns = token_ids.shape[1], attention_mask.shape[1]
         rows = slice(None) if self.live is None else self.live
         self._start.fill_(num_columns - num_new)
@@ -137,9 +172,19 @@ class StaticForward:
         self.num_wasted += 2 * len(token_ids) <= self.num_rows
         if width in self._graphs:
             graph, logits = self._graphs[width]
-            graph.replay()
+            if is_aside and self._stream is not None:
+                self._stream.wait_stream(torch.cuda.current_stream())
+                with torch.cuda.stream(self._stream):
+                    graph.replay()
+            else:
+                graph.replay()
             return logits
         return self._forward(width) if self.is_ready(width) else self._prepare(width)
+
+    def join(self) -> None:
+        """What comes next on the device waits for what was read aside."""
+        if self._stream is not None:
+            torch.cuda.current_stream().wait_stream(self._stream)
 
     def is_ready(self, width: int) -> bool:
         """Whether a read of this width takes no longer than the next one will."""
@@ -158,13 +203,14 @@ class StaticForward:
         return every
 
     def _prepare(self, width: int) -> Tensor:
-        """The first time, read plainly, so that what is made on first use is made; the second time, capture that and replay it. A model that
-        waits for the device within its forward cannot be captured."""
+        """The first time, read plainly, so that what is made on first use is made, by other rollouts as well; then capture that and replay it. A
+        model that waits for the device within its forward cannot be captured."""
         stream, current = self._stream, torch.cuda.current_stream()
         assert stream is not None
         stream.wait_stream(current)
-        if width not in self._is_warm:
-            self._is_warm.add(width)
+        shape = self.name, self.num_rows, self.num_columns, width
+        if shape not in (warm := _WARM.setdefault(self.model, set())):
+            warm.add(shape)
             with torch.cuda.stream(stream):
                 logits = self._forward(width)
             current.wait_stream(stream)
@@ -190,17 +236,20 @@ class StaticForward:
         """Of the tokens in place. Columns behind the new ones are seen by none of these."""
         columns = self._start + self._columns[:width]
         is_seen = self._is_text[:, None, None, :] & (self._columns <= columns[:, None])
+        # What attention would make of it in every layer: 0 where a column is seen, else -inf.
+        mask = torch.zeros_like(is_seen, dtype=self.layers[0].keys.dtype).masked_fill(~is_seen, -torch.inf)
         for layer in self.layers:
             layer.columns = columns
         try:
-            output = self.model(
-                input_ids=self._ids[:, :width],
-                attention_mask=is_seen,
-                position_ids=self._position_ids[:, :width],
-                past_key_values=self.cache,
-                use_cache=True,
-                logits_to_keep=width,
-            )
+            with grouped_attention():
+                output = self.model(
+                    input_ids=self._ids[:, :width],
+                    attention_mask=mask,
+                    position_ids=self._position_ids[:, :width],
+                    past_key_values=self.cache,
+                    use_cache=True,
+                    logits_to_keep=width,
+                )
         finally:
             for layer in self.layers:
                 layer.columns = None

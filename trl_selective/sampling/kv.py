@@ -6,7 +6,7 @@ cache is repacked: the text of every row is moved to the right, as if it had bee
 """
 
 import inspect
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
@@ -16,6 +16,7 @@ from transformers import DynamicCache, PretrainedConfig
 from transformers.cache_utils import DynamicLayer
 
 ROOM = 256  # columns that a cache grows by, or by a quarter of its own, if that is more
+STEP = 64  # of which room is a multiple: kernels read rows whose ends are aligned, and there are fewer shapes
 REPACK_ABOVE = 1.25  # columns per token of the longest row, beyond which a repack pays
 COUNT_COLUMNS = (
     "gpt_neo",
@@ -81,6 +82,7 @@ class RoomyLayer(DynamicLayer):
         """Make room for this many columns, and for more if there is none. What is not text is 0, so that it can be masked out."""
         if num_columns > self.room:
             grown = num_columns + max(ROOM, num_columns // 4)
+            grown += -grown % STEP
             longer = [b.new_zeros(*b.shape[:2], grown, b.shape[3]) for b in self._buffers]
             for buffer, old in zip(longer, self._buffers, strict=True):
                 buffer[:, :, : old.shape[2]] = old
@@ -149,6 +151,18 @@ class CachedModel:
                 "model that caches in `past_key_values`."
             )
         return output.logits[:, -num_logits:]
+
+    def begin(
+        self,
+        token_ids: Int[Tensor, "rows new"],
+        attention_mask: Int[Tensor, "rows columns"],
+        position_ids: Int[Tensor, "rows new"],
+        num_logits: int,
+    ) -> Callable[[], Float[Tensor, "rows num_logits vocab"]]:
+        """`read`, beside what the device is told to do next, where it can. The logits are had by a call, before which nothing must touch the
+        cache."""
+        logits = self.read(token_ids, attention_mask, position_ids, num_logits)
+        return lambda: logits
 
     def keep_rows(self, rows: Int[Tensor, "kept"]) -> None:
         """Drop all other rows from the cache."""

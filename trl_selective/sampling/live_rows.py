@@ -1,6 +1,6 @@
 """The rows that are still being written. Finished rows leave the batch, and both caches with it: they cost nothing more."""
 
-from collections.abc import Collection, Sequence
+from collections.abc import Callable, Collection, Sequence
 from typing import Any
 
 import torch
@@ -142,16 +142,32 @@ class LiveRows:
         self, drafts: Int[Tensor, "live drafts"], num_logits: int
     ) -> Float[Tensor, "guided num_logits vocab"]:
         """In guided rows, the expert reads its backlog, the pending tokens and drafts: its logits behind the last `num_logits` of these."""
+        return self._begin_by_expert(drafts, num_logits)()
+
+    def read_by_both(
+        self, token_ids: Int[Tensor, "live 1"], mask: Tensor, position_ids: Tensor, drafts: Tensor, num_logits: int
+    ) -> tuple[Float[Tensor, "live 1 head"], Float[Tensor, "guided num_logits expert_head"]]:
+        """`draft_by_policy` and `read_by_expert`, side by side where the device can."""
+        expert_logits = self._begin_by_expert(drafts, num_logits)
+        try:
+            policy_logits = self.draft_by_policy(token_ids, mask, position_ids)
+        finally:
+            logits = expert_logits()
+        return policy_logits, logits
+
+    def _begin_by_expert(
+        self, drafts: Int[Tensor, "live drafts"], num_logits: int
+    ) -> Callable[[], Float[Tensor, "guided num_logits vocab"]]:
         block = torch.cat([self.backlog, self.pending, drafts], dim=1)
         behind = self.backlog.shape[1]
         extended = self.context.extended(torch.ones_like(block[:, behind:]), behind)
         self.backlog, self._expert_has_read = self.backlog[:, :0], True
         if not self.num_guided:
-            return torch.empty(0, num_logits, 0, device=block.device)
+            return lambda: torch.empty(0, num_logits, 0, device=block.device)
         self._expert_forwards += self.num_guided
         block, mask, position_ids = (part[: self.num_guided] for part in (block, *extended))
         assert isinstance(self.expert, CachedModel), "an expert that is not here reads `texts`"
-        return self.expert.read(block, mask, position_ids, num_logits)
+        return self.expert.begin(block, mask, position_ids, num_logits)
 
     def texts(self, rows: Sequence[int]) -> list[list[int]]:
         """Prompts and completions so far of these live rows, for an expert that reads them elsewhere: one forward each."""

@@ -13,7 +13,7 @@ from trl_selective.sampling.live_rows import LiveRows
 from trl_selective.sampling.lookahead import Lookahead
 from trl_selective.sampling.sampler import GuidedSampler
 
-MAX_PROBS = 2**22  # numbers in the laws of the expert that are held at once
+MAX_PROBS = 2**25  # numbers in the laws of the expert that are held at once
 
 
 class SpeculativeSampler(GuidedSampler):
@@ -60,9 +60,9 @@ class SpeculativeSampler(GuidedSampler):
         started = time.perf_counter()
         lookahead = self.lookahead(len(live))
         num = min(self.draft_length or lookahead.next_length(num_left), num_left)
-        drafts, policy_logits, policy_prob, entropies, weight = self._draft(live, num, entropy_threshold, temperature)
-        expert_logits = live.read_by_expert(drafts[:, :-1], num_logits=num)
-
+        drafts, policy_logits, policy_prob, entropies, weight, expert_logits = self._draft(
+            live, num, entropy_threshold, temperature
+        )
         is_tested, is_replaced, tokens, policy_prob, expert_prob = self._judge(
             live, drafts, policy_logits, policy_prob, expert_logits, weight, temperature
         )
@@ -128,8 +128,13 @@ class SpeculativeSampler(GuidedSampler):
         return torch.cat([probability_of(part, self._probs(law, temperature)) for part, law in parts], dim=1)
 
     def _draft(self, live: LiveRows, num: int, entropy_threshold: float, temperature: float) -> tuple[Tensor, ...]:
-        """Drafts for the next `num` positions of each row: the tokens, the logits of the laws they were drawn from, their probabilities,
-        the entropies and the weights. All (live, num), the logits with the vocabulary behind."""
+        """Drafts for the next `num` positions of each row, and what the expert says there.
+
+        Returns:
+            (live, num): the tokens; the logits of the laws they were drawn from, with the vocabulary behind; their probabilities; the entropies;
+            the weights. And the expert's logits, of guided rows: it needs all drafts but the last, and reads them while the policy reads the
+            last of these.
+        """
         positions = live.positions(num)
         noise = live.noise(positions, DRAFT)
         token, (mask, position_ids) = live.pending, live.context.extended(torch.ones_like(live.pending))
@@ -138,10 +143,15 @@ class SpeculativeSampler(GuidedSampler):
             if at:
                 mask = torch.cat([mask, torch.ones_like(token)], dim=1)
                 position_ids = live.context.next_position(position_ids)
-            logits = live.draft_by_policy(token, mask, position_ids)
+            block = token, mask, position_ids
+            if at < num - 1:
+                logits = live.draft_by_policy(*block)
+            else:
+                drafts = torch.cat([live.pending[:, :0], *(drafted for drafted, *_ in found)], dim=1)
+                logits, expert_logits = live.read_by_both(*block, drafts, num_logits=num)
             law = self._probs(logits, temperature)
             token = inverse_cdf(law, noise[:, at : at + 1])
             entropies = entropy(law)
             weight = self._weight(live, entropies, entropy_threshold, positions[:, at : at + 1])
             found.append((token, logits, probability_of(token, law), entropies, weight))
-        return tuple(torch.cat(parts, dim=1) for parts in zip(*found, strict=True))
+        return *(torch.cat(parts, dim=1) for parts in zip(*found, strict=True)), expert_logits

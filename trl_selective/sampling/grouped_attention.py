@@ -1,0 +1,53 @@
+"""Attention over a long cache whose keys and values are shared by groups of heads (GQA), without copies of these.
+
+PyTorch's fused kernels take shared heads or a mask, not both; where there is a mask, Transformers repeats keys and values for each head
+(its newest versions not for single tokens). In a forward of a few tokens these copies take about half of the time. The queries of a group may
+as well be those of one head that has as many more of them: the same products, over the cache as it is.
+"""
+
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from functools import partial
+from threading import RLock
+
+from jaxtyping import Float
+from torch import Tensor
+from torch.nn.functional import scaled_dot_product_attention
+from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
+
+_LOCK = RLock()  # the table of attention functions is shared by all threads
+
+
+@contextmanager
+def grouped_attention() -> Iterator[None]:
+    """Within, models whose attention is `sdpa` do not repeat keys and values."""
+    with _LOCK:
+        usual = ALL_ATTENTION_FUNCTIONS["sdpa"]
+        ALL_ATTENTION_FUNCTIONS["sdpa"] = partial(_attention, usual)
+        try:
+            yield
+        finally:
+            ALL_ATTENTION_FUNCTIONS["sdpa"] = usual
+
+
+def _attention(
+    usual: Callable,
+    module,
+    query: Float[Tensor, "rows heads new size"],
+    key: Float[Tensor, "rows shared columns size"],
+    value: Float[Tensor, "rows shared columns value_size"],
+    attention_mask: Tensor | None,
+    *,
+    dropout: float = 0.0,
+    scaling: float | None = None,
+    **options,
+) -> tuple[Float[Tensor, "rows new heads value_size"], None]:
+    """An attention function of Transformers. What it does not know it leaves to the usual one."""
+    group = query.shape[1] // key.shape[1]
+    is_known = all(options.get(name) is None for name in ("position_bias", "softcap"))
+    if group == 1 or attention_mask is None or attention_mask.shape[1] > 1 or not is_known:
+        return usual(module, query, key, value, attention_mask, dropout=dropout, scaling=scaling, **options)
+    queries = query.unflatten(1, (-1, group)).flatten(2, 3)
+    mask = attention_mask.repeat(1, 1, group, 1)
+    output = scaled_dot_product_attention(queries, key, value, mask, dropout_p=dropout, scale=scaling)
+    return output.unflatten(2, (group, -1)).flatten(1, 2).transpose(1, 2).contiguous(), None
