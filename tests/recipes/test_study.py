@@ -30,11 +30,13 @@ from training import OWN_SETTINGS, cost_of_update  # isort: skip
 
 STUDY = QUICKSTART.parent / "study"
 SETTINGS = yaml.safe_load((STUDY / "study.yaml").read_text())
+# What is shipped: the settings, and the folder with the results.
+SHIPPED = {"study": (SETTINGS, STUDY), "larger": (read_settings(STUDY / "larger.yaml"), STUDY / "larger")}
 PROMPT = "3 7 8 3 > 32 :"
 
 
-def study(*arguments: str) -> Study:
-    return Study(SETTINGS, parser().parse_args(arguments))
+def study(*arguments: str, settings=SETTINGS) -> Study:
+    return Study(settings, parser().parse_args(arguments))
 
 
 @pytest.mark.parametrize(
@@ -119,29 +121,36 @@ def test_all_main_arms_are_searched_alike_and_variants_inherit():
     assert given["grid", "grpo"] == given["grid", "grpo_matched"] != given["grid", "mentor"]
 
 
-def test_the_shipped_results_are_whole_and_of_these_settings():
+@pytest.mark.parametrize(("settings", "output"), SHIPPED.values(), ids=SHIPPED)
+def test_the_shipped_results_are_whole_and_of_these_settings(settings, output):
     """Every arm and seed of the study is there, nothing else is, and the tables are made of them."""
-    everything, results = study(), STUDY / "results"
+    everything, results = study(settings=settings), output / "results"
     searches = everything.searches()
-    runs = everything.runs(best_rates(everything, STUDY))
-    assert all(done(run, STUDY) for run in [*searches, *runs])
+    runs = everything.runs(best_rates(everything, output))
+    assert all(done(run, output) for run in [*searches, *runs])
     shipped = {path.relative_to(results) for kind in ("runs", "search") for path in results.glob(f"{kind}/**/*.json")}
     assert shipped == {Path(f"{run.name}.json") for run in [*searches, *runs]}
 
 
-def test_the_shipped_tables_are_those_of_the_results(tmp_path):
+@pytest.mark.parametrize(("settings", "output"), SHIPPED.values(), ids=SHIPPED)
+def test_the_shipped_tables_are_those_of_the_results(settings, output, tmp_path):
     for kind in ("runs", "models"):
-        (tmp_path / kind).symlink_to(STUDY / "results" / kind)
-    text = report(tmp_path, SETTINGS)
-    for path in sorted(tmp_path.glob("*.md")) + sorted(tmp_path.glob("*.csv")):
-        assert path.read_text() == (STUDY / "results" / path.name).read_text()
+        (tmp_path / kind).symlink_to(output / "results" / kind)
+    report(tmp_path, settings)
     shown = (STUDY / "README.md").read_text().split("<!-- results -->")[1]
-    for path in tmp_path.glob("*.md"):
+    tables = sorted(tmp_path.glob("*.md"))
+    assert len(tables) == len(settings["comparisons"])
+    for path in [*tables, *sorted(tmp_path.glob("*.csv"))]:
+        assert path.read_text() == (output / "results" / path.name).read_text()
+    for path in tables:
         assert path.read_text() in shown
+
+
+def test_the_table_of_the_readme_is_quoted_from_the_results():
     readme = (STUDY.parents[1] / "README.md").read_text()
     quoted = [line for line in readme.split("<!-- study -->")[1].splitlines() if line.startswith("| ")]
     assert len(quoted) > 10
-    assert set(quoted) <= set(text.splitlines())
+    assert set(quoted) <= set((STUDY / "results" / "grid.md").read_text().splitlines())
 
 
 def by_update(run: dict, name: str) -> np.ndarray:
@@ -149,7 +158,9 @@ def by_update(run: dict, name: str) -> np.ndarray:
 
 
 def test_the_shipped_costs_by_update_are_those_of_the_whole_runs():
-    for path in sorted((STUDY / "results" / "runs").glob("*/*.json")):
+    shipped = [path for _, output in SHIPPED.values() for path in sorted(output.glob("results/runs/*/*.json"))]
+    assert len(shipped) > 300
+    for path in shipped:
         run = json.loads(path.read_text())
         steps = run["settings"].get("max_steps", run["training"]["max_steps"])
         assert {len(values) for values in run["cost_by_update"].values()} == {steps}
