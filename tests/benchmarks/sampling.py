@@ -16,6 +16,7 @@ from trl_selective.sampling import CoinSampler, SpeculativeSampler, StepwiseSamp
 from trl_selective.sampling.unguided import sample_completions
 
 DRAFT_LENGTHS = [2, 4, 8, 16]
+SAMPLERS = ["stepwise", "coin", "speculative", "auto"]
 PLAIN = "generate"
 
 
@@ -45,6 +46,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--length", type=int, nargs="+", default=[64, 192], metavar="TOKENS")
     parser.add_argument("--expert", type=int, nargs="+", default=[1, 4], metavar="TIMES", help="layers of the policy")
     parser.add_argument("--rejected", type=float, nargs="+", default=[0.02, 0.06, 0.15], metavar="SHARE", help="w TV")
+    parser.add_argument("--samplers", choices=SAMPLERS, nargs="+", default=SAMPLERS, help="beside plain rollouts")
     parser.add_argument("--draft_length", type=int, nargs="*", default=DRAFT_LENGTHS, metavar="K", help="fixed ones")
     parser.add_argument("--repeats", type=int, default=3)
 
@@ -71,12 +73,20 @@ def main(arguments: argparse.Namespace) -> None:
                     length,
                     arguments.repeats,
                     arguments.draft_length,
+                    arguments.samplers,
                 )
                 print(*lines, sep="\n", flush=True)
 
 
 def measure(
-    policy, expert, entropy_threshold: float, batch: int, length: int, repeats: int, draft_lengths=DRAFT_LENGTHS
+    policy,
+    expert,
+    entropy_threshold: float,
+    batch: int,
+    length: int,
+    repeats: int,
+    draft_lengths: list[int] = DRAFT_LENGTHS,
+    kinds: list[str] = SAMPLERS,
 ) -> list[Line]:
     """All samplers in one cell. Completions have no end token: all rows are full, which favours plain rollouts, whose rows cannot leave."""
     prompts = make_prompts(policy, batch)
@@ -87,6 +97,7 @@ def measure(
         **{f"speculative, {k}": SpeculativeSampler(policy, expert, draft_length=k) for k in draft_lengths},
         "auto": make_sampler("auto", policy, expert, draft_length=None, max_draft_length=16),
     }
+    samplers = {name: sampler for name, sampler in samplers.items() if name.partition(",")[0] in kinds}
     rollouts: dict[str, list[GuidedRollout]] = {name: [] for name in samplers}
 
     def guided(name: str) -> None:

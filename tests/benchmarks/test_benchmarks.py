@@ -27,6 +27,9 @@ def test_every_sampler_in_a_cell(policy):
     assert lines["stepwise"].expert_forwards == lines["coin"].policy_forwards == 1
     assert 0 < lines["speculative, 8"].expert_forwards < lines["speculative, 2"].expert_forwards <= 1
     assert 0.7 < lines["auto"].acceptance < 1
+    fewer = measure(policy, expert, agreement.entropy_threshold, 6, 20, 1, [2, 4], ["stepwise", "speculative"])
+    names = [line.name for line in fewer]
+    assert names == [PLAIN, "own loop, w = 0", "stepwise", "speculative, 2", "speculative, 4"]
 
 
 def test_a_larger_expert_says_the_same_at_a_higher_cost(policy):
@@ -42,11 +45,12 @@ def test_rows_of_a_group_have_one_prompt(policy):
     assert [prompts.index(prompt) for prompt in prompts] == [0] * 4 + [4] * 4 + [8] * 2
 
 
-def test_runs_take_turns():
+def test_runs_take_turns(capsys):
     order = []
     seconds = interleaved({name: lambda name=name: order.append(name) for name in "abc"}, repeats=2)
     assert "".join(order) == "abccba"
     assert {name: len(times) for name, times in seconds.items()} == {"a": 2, "b": 2, "c": 2}
+    assert [line[:2] for line in capsys.readouterr().err.splitlines()] == [f"{name}:" for name in order]
     assert median_ratio([2.0, 9.0, 4.0], [1.0, 1.0, 2.0]) == 2
 
 

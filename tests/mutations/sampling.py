@@ -124,11 +124,40 @@ SAMPLING = [
         tests=("sampling/test_lookahead.py",),
     ),
     *mutations(
+        "sampling/speculative.py",
+        (
+            "*(drafted for drafted, *_ in found)]",
+            "*(drafted for drafted, *_ in found[:-1])]",
+            "the expert misses a draft",
+        ),
+        tests=("sampling/test_record.py",),
+    ),
+    *mutations(
+        "sampling/live_rows.py",
+        (
+            "        finally:\n            logits = expert_logits()",
+            "        except ZeroDivisionError:\n            raise\n        logits = expert_logits()",
+            "an error leaves the expert writing into memory that is given away",
+        ),
+        tests=("sampling/test_graphs.py",),
+    ),
+    *mutations(
         "sampling/graphs.py",
+        ("                static.join()", "                pass", "logits are taken before they are there"),
         ("self._columns <= columns[:, None]", "self._columns < columns[:, None]", "tokens do not see themselves"),
         ("self._is_text[:, None, None, :] & ", "", "holes and padding are seen"),
         ("& (self._columns <= columns[:, None])", "", "a block sees what is behind it"),
-        ("else logits[live]", "else logits[: len(live)]", "live rows get the logits of dead ones"),
+        (
+            "else new[static.live]",
+            "else new[: len(static.live)]",
+            "live rows get the logits of dead ones",
+        ),
+        ("masked_fill(~is_seen", "masked_fill(is_seen", "what is not seen is attended to, and the rest is not"),
+        (
+            "            with grouped_attention():",
+            "            if True:",
+            "keys and values are repeated for each head",
+        ),
         ("layer.show(self._static.length)", "layer.show(self._static.length + 1)", "a cache counts a column too many"),
         (
             "            super().keep_rows(self._static.live)",
@@ -144,6 +173,22 @@ SAMPLING = [
             "the positions of one row for all",
         ),
         tests=("sampling/test_graphs.py",),
+    ),
+    *mutations(
+        "sampling/grouped_attention.py",
+        ("unflatten(1, (-1, group))", "unflatten(1, (group, -1))", "queries meet the keys of another group"),
+        ("mask.repeat(1, 1, group, 1)", "mask.repeat_interleave(group, 2)", "queries have each other's masks"),
+        ("unflatten(2, (group, -1))", "unflatten(2, (-1, group))", "outputs of one query go to another"),
+        ("dropout_p=dropout, ", "", "dropout is left out"),
+        ("scale=scaling)", "scale=None)", "a model's own scale is left out"),
+        (
+            '        finally:\n            AttentionInterface.register("sdpa", usual)',
+            "        finally:\n            pass",
+            "attention stays changed for all models",
+        ),
+        ("or attention_mask.shape[1] > 1", "", "heads with masks of their own get the first one's"),
+        (" or not is_known", "", "a bias of positions is left out"),
+        tests=("sampling/test_grouped_attention.py",),
     ),
     *mutations(
         "sampling/kv.py",

@@ -8,7 +8,7 @@ import torch
 
 from tests.models import ARCHITECTURES, FORGETFUL, MINDFUL, tiny_adapter, tiny_model
 from tests.sampling.reference import PROMPTS, Guidance, assert_recorded
-from trl_selective.sampling import graphs, kv, live_rows
+from trl_selective.sampling import graphs, grouped_attention, kv, live_rows
 from trl_selective.sampling.graphs import GraphedModel, cached_model, has_static_forward
 from trl_selective.sampling.kv import CachedModel
 
@@ -123,6 +123,19 @@ def test_a_base_that_is_its_own_expert(static_forwards):
     rollout = RAMP.sample(3, policy, expert, PROMPTS, length=12)
     assert static_forwards
     assert_recorded(rollout, policy, expert, PROMPTS, RAMP)
+
+
+def test_keys_and_values_are_not_repeated(static_forwards, monkeypatch):
+    num_heads = set()
+    usual = grouped_attention.scaled_dot_product_attention
+    monkeypatch.setattr(
+        grouped_attention,
+        "scaled_dot_product_attention",
+        lambda query, key, *rest, **options: num_heads.add(key.shape[1]) or usual(query, key, *rest, **options),
+    )
+    model = tiny_model(seed=1, num_attention_heads=4, num_key_value_heads=2)
+    RAMP.sample(3, model, model, PROMPTS, length=6)
+    assert num_heads == {2}
 
 
 def test_the_expert_is_waited_for_even_if_the_policy_fails(static_forwards, monkeypatch):

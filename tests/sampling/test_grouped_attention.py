@@ -4,7 +4,7 @@ from contextlib import suppress
 
 import pytest
 import torch
-from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
+from transformers import AttentionInterface
 
 from tests.models import tiny_model
 from trl_selective.sampling import grouped_attention as grouped_attention_module
@@ -29,7 +29,7 @@ def attend(width: int, group: int, mask: torch.Tensor | None, **options) -> torc
     query, key, value = states(SHARED * group, width), states(SHARED, COLUMNS), states(SHARED, COLUMNS)
     module = torch.nn.Module()
     module.num_key_value_groups = group
-    output, _ = ALL_ATTENTION_FUNCTIONS["sdpa"](module, query, key, value, mask, scaling=0.3, **options)
+    output, _ = AttentionInterface()["sdpa"](module, query, key, value, mask, scaling=0.3, **options)
     return output
 
 
@@ -51,27 +51,34 @@ def test_dropout_is_passed_on():
         assert not attend(3, 2, masks(3)["bool"], dropout=1.0).any()
 
 
-@pytest.mark.parametrize(
-    "options",
-    [
-        {"mask": None},
-        {"mask": torch.ones(ROWS, 4, 3, COLUMNS, dtype=torch.bool)},  # of each head its own
-        {"mask": masks(3)["bool"], "position_bias": torch.randn(1, 4, 3, COLUMNS, dtype=torch.float64)},
-        {"mask": masks(3)["bool"], "softcap": 30.0},
-    ],
-)
-def test_what_it_does_not_know_it_leaves_to_the_usual_function(options, monkeypatch):
+@pytest.fixture
+def usual_calls():
+    """What the usual function, a stand-in, was called with."""
     calls = []
 
     def usual(module, query, key, value, mask, **options):
         calls.append((query, key, value, mask, options))
         return query.transpose(1, 2), None
 
-    monkeypatch.setitem(ALL_ATTENTION_FUNCTIONS, "sdpa", usual)
-    mask = options.pop("mask")
+    before = AttentionInterface()["sdpa"]
+    AttentionInterface.register("sdpa", usual)
+    yield calls
+    AttentionInterface.register("sdpa", before)
+
+
+@pytest.mark.parametrize(
+    ("mask", "options"),
+    [
+        (None, {}),
+        (torch.ones(ROWS, 4, 3, COLUMNS, dtype=torch.bool), {}),  # of each head its own
+        (masks(3)["bool"], {"position_bias": torch.randn(1, 4, 3, COLUMNS, dtype=torch.float64)}),
+        (masks(3)["bool"], {"softcap": 30.0}),
+    ],
+)
+def test_what_it_does_not_know_it_leaves_to_the_usual_function(mask, options, usual_calls):
     with grouped_attention():
         attend(3, 2, mask, **options)
-    query, key, value, passed, given = calls[0]
+    query, key, value, passed, given = usual_calls[0]
     assert (query.shape[1], key.shape[1], value.shape[1]) == (4, 2, 2)
     assert passed is mask
     assert given == {"dropout": 0.0, "scaling": 0.3, **options}
@@ -99,8 +106,8 @@ def test_a_model_attends_to_the_cache_as_it_is(monkeypatch):
 
 
 def test_afterwards_all_is_as_it_was():
-    usual = ALL_ATTENTION_FUNCTIONS["sdpa"]
+    usual = AttentionInterface()["sdpa"]
     with suppress(KeyError), grouped_attention():
-        assert ALL_ATTENTION_FUNCTIONS["sdpa"] is not usual
+        assert AttentionInterface()["sdpa"] is not usual
         raise KeyError
-    assert ALL_ATTENTION_FUNCTIONS["sdpa"] is usual
+    assert AttentionInterface()["sdpa"] is usual

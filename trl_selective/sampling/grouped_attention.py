@@ -13,7 +13,7 @@ from threading import RLock
 from jaxtyping import Float
 from torch import Tensor
 from torch.nn.functional import scaled_dot_product_attention
-from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
+from transformers import AttentionInterface
 
 _LOCK = RLock()  # the table of attention functions is shared by all threads
 
@@ -22,12 +22,12 @@ _LOCK = RLock()  # the table of attention functions is shared by all threads
 def grouped_attention() -> Iterator[None]:
     """Within, models whose attention is `sdpa` do not repeat keys and values."""
     with _LOCK:
-        usual = ALL_ATTENTION_FUNCTIONS["sdpa"]
-        ALL_ATTENTION_FUNCTIONS["sdpa"] = partial(_attention, usual)
+        usual = AttentionInterface()["sdpa"]
+        AttentionInterface.register("sdpa", partial(_attention, usual))
         try:
             yield
         finally:
-            ALL_ATTENTION_FUNCTIONS["sdpa"] = usual
+            AttentionInterface.register("sdpa", usual)
 
 
 def _attention(
