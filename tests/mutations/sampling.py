@@ -68,8 +68,8 @@ SAMPLING = [
     *mutations(
         "sampling/speculative.py",
         (
-            "policy_prob.clamp(min=torch.finfo(policy_prob.dtype).tiny)",
-            "policy_prob",
+            "finite_log(policy_prob)",
+            "policy_prob.log()",
             "log 0 of what the policy cannot draw",
         ),
         tests=("sampling/test_numerics.py::test_a_token_that_a_model_forbids_comes_from_the_other_alone",),
@@ -101,8 +101,8 @@ SAMPLING = [
     *mutations(
         "sampling/coin.py",
         (
-            "policy_prob.clamp(min=torch.finfo(policy_prob.dtype).tiny)",
-            "policy_prob",
+            "finite_log(policy_prob)",
+            "policy_prob.log()",
             "log 0 of what the policy cannot draw, by a coin",
         ),
         tests=("sampling/test_numerics.py::test_a_token_that_a_model_forbids_comes_from_the_other_alone",),

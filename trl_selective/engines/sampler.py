@@ -15,7 +15,7 @@ from trl_selective.engines.coin import EXPERT, POLICY, Coin, position_seeds
 from trl_selective.engines.engine import Engine, Request, check_flips
 from trl_selective.engines.reading import ReadingExpert, check_reader
 from trl_selective.experts import completion_laws, completion_logps, evaluation_mode
-from trl_selective.functional.mixed_policy import entropy, probability_of, token_probs
+from trl_selective.functional.mixed_policy import entropy, finite_log, probability_of, token_probs
 from trl_selective.rollout import GuidedRollout
 from trl_selective.sampling import RemoteExpert
 from trl_selective.sampling.remote import scored
@@ -124,7 +124,7 @@ class VllmCoinSampler:
         def read(logits: Tensor, token_ids: Tensor) -> Tensor:
             probs = token_probs(coin.restrict(logits), temperature)
             prob = probability_of(token_ids, probs)
-            return torch.stack([prob.clamp(min=torch.finfo(prob.dtype).tiny).log(), entropy(probs)], dim=-1)
+            return torch.stack([finite_log(prob), entropy(probs)], dim=-1)
 
         with evaluation_mode(self.policy):
             laws = completion_laws(self.policy, prompts, completions, read)

@@ -29,6 +29,11 @@ def probability_of(token_ids: Int[Tensor, "*batch"], probs: Float[Tensor, "*batc
     return probs.gather(-1, token_ids.unsqueeze(-1)).squeeze(-1)
 
 
+def finite_log(probs: Float[Tensor, "*batch"]) -> Float[Tensor, "*batch"]:
+    """The logarithm; of 0, that of the smallest normal number: about -87 in float32."""
+    return probs.clamp(min=torch.finfo(probs.dtype).tiny).log()
+
+
 def entropy(probs: Float[Tensor, "*batch vocab"]) -> Float[Tensor, "*batch"]:
     """Entropy in nats, H = -sum_y p(y) log p(y), with 0 log 0 = 0."""
     return torch.xlogy(probs, probs).sum(-1).clamp(max=0).neg()  # rounding may lift the sum of a certain law above 0

@@ -5,7 +5,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from trl_selective.functional.mixed_policy import entropy, probability_of
+from trl_selective.functional.mixed_policy import entropy, finite_log, probability_of
 from trl_selective.sampling.draw import ACCEPT, DRAFT, REPLACE, inverse_cdf
 from trl_selective.sampling.live_rows import LiveRows
 from trl_selective.sampling.sampler import GuidedSampler
@@ -50,7 +50,7 @@ class CoinSampler(GuidedSampler):
             token = torch.where(is_heads, inverse_cdf(expert, live.noise(positions, REPLACE)), token)
 
         policy_prob = probability_of(token, policy)
-        policy_logp = policy_prob.clamp(min=torch.finfo(policy_prob.dtype).tiny).log()
+        policy_logp = finite_log(policy_prob)
         logp = policy_logp  # until it is paid, or for good where w is 0
         expert_drawn = torch.zeros_like(is_heads)
         if reads:

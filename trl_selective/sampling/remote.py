@@ -8,7 +8,7 @@ from typing import Protocol, runtime_checkable
 import torch
 from torch import Tensor, nn
 
-from trl_selective.functional.mixed_policy import entropy, probability_of
+from trl_selective.functional.mixed_policy import entropy, finite_log, probability_of
 from trl_selective.rollout import GuidedRollout
 from trl_selective.sampling.draw import ACCEPT, DRAFT, REPLACE, inverse_cdf
 from trl_selective.sampling.live_rows import LiveRows
@@ -78,7 +78,7 @@ class RemoteCoinSampler(GuidedSampler):
             token[asked, 0] = torch.tensor(drawn, device=token.device)
 
         policy_prob = probability_of(token, policy)
-        policy_logp = policy_prob.clamp(min=torch.finfo(policy_prob.dtype).tiny).log()
+        policy_logp = finite_log(policy_prob)
         live.commit(
             torch.ones_like(live.position),
             token,

@@ -6,7 +6,7 @@ from collections import defaultdict
 import torch
 from torch import Tensor
 
-from trl_selective.functional.mixed_policy import acceptance, entropy, probability_of, residual
+from trl_selective.functional.mixed_policy import acceptance, entropy, finite_log, probability_of, residual
 from trl_selective.sampling.draw import ACCEPT, DRAFT, REPLACE, inverse_cdf
 from trl_selective.sampling.kv import can_forget_tokens
 from trl_selective.sampling.live_rows import LiveRows
@@ -71,7 +71,7 @@ class SpeculativeSampler(GuidedSampler):
             is_tested.sum(1),
             tokens,
             sampling_per_token_logps=((1 - weight) * policy_prob + weight * expert_prob).log(),
-            policy_per_token_logps=policy_prob.clamp(min=torch.finfo(policy_prob.dtype).tiny).log(),
+            policy_per_token_logps=finite_log(policy_prob),
             guidance_weights=weight,
             entropies=entropies,
             expert_drawn=is_replaced,

@@ -2,7 +2,7 @@
 
 import torch
 
-from trl_selective.functional.mixed_policy import entropy, mixed_policy, probability_of
+from trl_selective.functional.mixed_policy import entropy, finite_log, mixed_policy, probability_of
 from trl_selective.sampling.draw import ACCEPT, DRAFT, inverse_cdf
 from trl_selective.sampling.live_rows import LiveRows
 from trl_selective.sampling.sampler import GuidedSampler
@@ -31,7 +31,7 @@ class StepwiseSampler(GuidedSampler):
             torch.ones_like(live.position),
             token,
             sampling_per_token_logps=mixed_prob.log(),
-            policy_per_token_logps=policy_prob.clamp(min=torch.finfo(policy_prob.dtype).tiny).log(),
+            policy_per_token_logps=finite_log(policy_prob),
             guidance_weights=weight,
             entropies=entropies,
             expert_drawn=live.noise(positions, ACCEPT) < 1 - policy_prob / mixed_prob,
