@@ -41,7 +41,18 @@ COMPARED = ("pass@1", "pass@64", "distinct correct of 64")  # whose differences 
 
 
 def report(results: Path, settings: dict[str, Any]) -> str:
-    """Write tables and pictures of each comparison in `settings` to the folder. Returns the tables."""
+    """Write tables and pictures of each comparison to the folder. Returns the tables.
+
+    Args:
+        results: folder with the runs.
+        settings: those that the runs were made with.
+    """
+    made = {path.name for path in results.glob("runs/*")}
+    if unknown := made - set(settings["comparisons"]):
+        raise SystemExit(
+            f"{results} has runs of {', '.join(sorted(unknown))}, which the settings do not know: they have {list(settings['comparisons'])}. "
+            "Give the --settings that these runs were made with."
+        )
     order = [arm for group in settings["arms"].values() for arm in group]
     when = periods(settings["arms"]["main"]["mentor"]["guidance_steps"])
     texts = []

@@ -153,6 +153,11 @@ def test_the_table_of_the_readme_is_quoted_from_the_results():
     assert set(quoted) <= set((STUDY / "results" / "grid.md").read_text().splitlines())
 
 
+def test_results_of_another_study_need_its_settings():
+    with pytest.raises(SystemExit, match="has runs of grid-larger, .* Give the --settings"):
+        report(STUDY / "larger" / "results", SETTINGS)
+
+
 def by_update(run: dict, name: str) -> np.ndarray:
     return np.array(run["cost_by_update"][name], dtype=float)
 
