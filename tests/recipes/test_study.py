@@ -154,7 +154,7 @@ def test_the_table_of_the_readme_is_quoted_from_the_results():
 
 
 def test_results_of_another_study_need_its_settings():
-    with pytest.raises(SystemExit, match="has runs of grid-larger, .* Give the --settings"):
+    with pytest.raises(SystemExit, match=r"has runs of grid-larger, .* Give the --settings"):
         report(STUDY / "larger" / "results", SETTINGS)
 
 
