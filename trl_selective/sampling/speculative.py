@@ -108,9 +108,9 @@ class SpeculativeSampler(GuidedSampler):
         # All guided rows get a replacement, needed or not: to ask which of them do would be to wait for the device.
         if live.num_guided:
             first = is_replaced[guided].int().argmax(1, keepdim=True)
+            rows = torch.arange(live.num_guided, device=first.device)[:, None]
             policy, expert = (
-                self._probs(logits[guided].take_along_dim(first[..., None], 1), temperature)
-                for logits in (policy_logits, expert_logits)
+                self._probs(logits[rows, first], temperature) for logits in (policy_logits, expert_logits)
             )
             token = inverse_cdf(residual(policy, expert), live.noise(positions, REPLACE)[guided].gather(1, first))
             for values, replacement in (
