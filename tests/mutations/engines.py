@@ -32,7 +32,6 @@ ENGINES = [
         "engines/reading.py",
         ("self.context.append(mask)\n        if (columns", "self.context.append(torch.ones_like(mask))\n        if (columns", "holes are text"),
         ("new[place] = text[lengths[place] :]", "new[place] = text[-1:]", "the expert reads the last token alone"),
-        ("texts = [tuple(ids[:-1])", "texts = [tuple(ids)", "the last token of a prompt is read twice"),
         ("logits[:, : self.vocab_size]", "logits", "the expert draws padding of its head"),
         ("row in set(rows)]", "row not in set(rows)]", "rows that are done stay, and others leave"),
         tests=SAMPLER,

@@ -192,6 +192,8 @@ SAMPLING = [
     ),
     *mutations(
         "sampling/kv.py",
+        ("texts = [tuple(ids[:-1])", "texts = [tuple(ids)", "the last token of a prompt is read twice"),
+        ("numbers[text] for text in texts", "0 for text in texts", "all rows have the prompt of the first"),
         ("- behind + steps - 1)", "- behind + steps)", "positions off by one"),
         ("position_ids[:, -1:] + 1, ", "position_ids[:, -1:] + 2, ", "drafts skip a position"),
         ("self.lengths + block_mask.sum(-1)", "self.lengths + block_mask.shape[1]", "holes count as text"),

@@ -9,7 +9,7 @@ from torch import nn
 from trl_selective.engines.coin import uniforms_of
 from trl_selective.functional.mixed_policy import token_probs
 from trl_selective.sampling.draw import inverse_cdf
-from trl_selective.sampling.kv import CachedModel, RaggedContext, can_forget_tokens, left_pad
+from trl_selective.sampling.kv import CachedModel, RaggedContext, can_forget_tokens, distinct_texts, left_pad
 
 
 class ReadingExpert:
@@ -43,18 +43,16 @@ class ReadingExpert:
         self.model, self.device = CachedModel(expert, "expert"), next(expert.parameters()).device
         self.vocab_size, self.pad_token_id, self.temperature = vocab_size, pad_token_id, temperature
         self.rows = list(range(len(prompt_ids)))  # which are in the cache, in order
-        self._read_prompts([list(ids) for ids in prompt_ids], max_completion_length)
+        self._read_prompts(prompt_ids, max_completion_length)
 
-    def _read_prompts(self, prompt_ids: list[list[int]], max_completion_length: int) -> None:
-        """All but their last tokens, and each text once: a group of rows has one prompt."""
-        texts = [tuple(ids[:-1]) for ids in prompt_ids]
-        index = {text: number for number, text in enumerate(dict.fromkeys(texts))}
-        ids, mask = left_pad(list(index), self.pad_token_id, self.device)
+    def _read_prompts(self, prompt_ids: Sequence[Sequence[int]], max_completion_length: int) -> None:
+        texts, text_of = distinct_texts(prompt_ids)
+        ids, mask = left_pad(texts, self.pad_token_id, self.device)
         self.context = RaggedContext(mask.sum(1) + 1 + max_completion_length)
         if ids.shape[1]:
             self.model.read(ids, *self.context.extended(mask), num_logits=1)
             self.context.append(mask)
-        self._keep([index[text] for text in texts])
+        self._keep(text_of)
 
     def draw(self, rows: Sequence[int], texts: Sequence[Sequence[int]], seeds: Sequence[int]) -> list[int]:
         """The next token of these rows.

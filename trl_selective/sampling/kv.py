@@ -231,6 +231,13 @@ class RaggedContext:
         return columns
 
 
+def distinct_texts(prompt_ids: Sequence[Sequence[int]]) -> tuple[list[tuple[int, ...]], list[int]]:
+    """All but the last tokens of the prompts, each text but once, since a group of rows has one prompt; and which text each prompt has."""
+    texts = [tuple(ids[:-1]) for ids in prompt_ids]
+    numbers = {text: number for number, text in enumerate(dict.fromkeys(texts))}
+    return list(numbers), [numbers[text] for text in texts]
+
+
 def left_pad(
     prompt_ids: Sequence[Sequence[int]], pad_token_id: int, device: torch.device
 ) -> tuple[Int[Tensor, "rows columns"], Int[Tensor, "rows columns"]]:

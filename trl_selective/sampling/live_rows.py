@@ -10,7 +10,7 @@ from torch import Tensor, nn
 from trl_selective.rollout import GuidedRollout
 from trl_selective.sampling.draw import position_noise
 from trl_selective.sampling.graphs import cached_model
-from trl_selective.sampling.kv import CachedModel, NoModel, RaggedContext, left_pad
+from trl_selective.sampling.kv import CachedModel, NoModel, RaggedContext, distinct_texts, left_pad
 
 
 class LiveRows:
@@ -72,21 +72,19 @@ class LiveRows:
         self.context = self._read_prompts(prompt_ids, pad_token_id)
 
     def _read_prompts(self, prompt_ids: Sequence[Sequence[int]], pad_token_id: int) -> RaggedContext:
-        """The models read the prompts of their rows up to the last tokens, and each text but once: a group of rows has one prompt."""
+        """The models read the prompts of their rows up to the last tokens, and each text but once."""
         device = self.pending.device
-        texts = [tuple(ids[:-1]) for ids in prompt_ids]
-        index = {text: number for number, text in enumerate(dict.fromkeys(texts))}
-        ids, mask = left_pad(list(index), pad_token_id, device)
+        texts, text_of = distinct_texts(prompt_ids)
+        ids, mask = left_pad(texts, pad_token_id, device)
         context = RaggedContext(mask.sum(1) + 1 + self._max_length)
         if ids.shape[1]:
             mask_and_positions = context.extended(mask)
             self.policy.read(ids, *mask_and_positions, num_logits=1)
-            if num := len(set(texts[: self.num_guided])):  # the first ones
+            if num := len(set(text_of[: self.num_guided])):  # the first ones
                 guided_mask, guided_positions = (part[:num] for part in mask_and_positions)
                 self.expert.read(ids[:num], guided_mask, guided_positions, num_logits=1)
             context.append(mask)
-        rows = torch.tensor([index[text] for text in texts], device=device)
-        self._keep_rows(rows, context)
+        self._keep_rows(torch.tensor(text_of, device=device), context)
         return context
 
     def _keep_rows(self, rows: Int[Tensor, "kept"], context: RaggedContext) -> None:
