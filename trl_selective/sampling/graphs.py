@@ -153,7 +153,7 @@ class StaticForward:
         attention_mask: Int[Tensor, "live columns"],
         position_ids: Int[Tensor, "live new"],
         width: int,
-        is_aside: bool = False,
+        is_aside: bool,
     ) -> Tensor:
         """The logits of all rows, live or dead, behind `width` tokens, of which those beyond the new ones mean nothing. They last until the next
         call.

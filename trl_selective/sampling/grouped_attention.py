@@ -1,8 +1,8 @@
 """Attention over a long cache whose keys and values are shared by groups of heads (GQA), without copies of these.
 
 PyTorch's fused kernels take shared heads or a mask, not both; where there is a mask, Transformers repeats keys and values for each head
-(its newest versions not for single tokens). In a forward of a few tokens these copies take about half of the time. The queries of a group may
-as well be those of one head that has as many more of them: the same products, over the cache as it is.
+(its newest versions not for single tokens). On a GPU a third of the time of guided rollouts went into these copies (a 7B model, 32 rows). The
+queries of a group may as well be those of one head that has as many more of them: the same products, over the cache as it is.
 """
 
 from collections.abc import Callable, Iterator
