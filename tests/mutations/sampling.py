@@ -152,7 +152,6 @@ SAMPLING = [
             "else new[: len(static.live)]",
             "live rows get the logits of dead ones",
         ),
-        ("masked_fill(~is_seen", "masked_fill(is_seen", "what is not seen is attended to, and the rest is not"),
         (
             "            with grouped_attention():",
             "            if True:",

@@ -236,15 +236,13 @@ class StaticForward:
         """Of the tokens in place. Columns behind the new ones are seen by none of these."""
         columns = self._start + self._columns[:width]
         is_seen = self._is_text[:, None, None, :] & (self._columns <= columns[:, None])
-        # What attention would make of it in every layer: 0 where a column is seen, else -inf.
-        mask = torch.zeros_like(is_seen, dtype=self.layers[0].keys.dtype).masked_fill(~is_seen, -torch.inf)
         for layer in self.layers:
             layer.columns = columns
         try:
             with grouped_attention():
                 output = self.model(
                     input_ids=self._ids[:, :width],
-                    attention_mask=mask,
+                    attention_mask=is_seen,
                     position_ids=self._position_ids[:, :width],
                     past_key_values=self.cache,
                     use_cache=True,
