@@ -27,9 +27,8 @@ WIDTHS = 1, 4, 8, 16, 64
 MAX_TOKENS = max(WIDTHS)  # longer blocks are bound by arithmetic
 PATIENCE = 16  # blocks read with half of the rows dead before these leave: at the maximum length, the others are about to end too
 _UNCAPTURABLE: WeakSet[nn.Module] = WeakSet()
-_WARM: WeakKeyDictionary[nn.Module, set[tuple]] = (
-    WeakKeyDictionary()
-)  # what was read plainly: name, rows, columns, width
+# Of each model what was read plainly before: (name, rows, columns, width).
+_WARM: WeakKeyDictionary[nn.Module, set[tuple]] = WeakKeyDictionary()
 
 
 def cached_model(model: nn.Module, name: str) -> CachedModel:
