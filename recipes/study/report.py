@@ -47,8 +47,8 @@ def report(results: Path, settings: dict[str, Any]) -> str:
         results: folder with the runs.
         settings: those that the runs were made with.
     """
-    made = {path.name for path in results.glob("runs/*")}
-    if unknown := made - set(settings["comparisons"]):
+    places = comparisons(results)
+    if unknown := set(places) - set(settings["comparisons"]):
         raise SystemExit(
             f"{results} has runs of {', '.join(sorted(unknown))}, which the settings do not know: they have {list(settings['comparisons'])}. "
             "Give the --settings that these runs were made with."
@@ -56,7 +56,7 @@ def report(results: Path, settings: dict[str, Any]) -> str:
     order = [arm for group in settings["arms"].values() for arm in group]
     when = periods(settings["arms"]["main"]["mentor"]["guidance_steps"])
     texts = []
-    for place, found in comparisons(results).items():
+    for place, found in places.items():
         arms = {name: found[name] for name in sorted(found, key=order.index)}
         where = settings["comparisons"][place]
         starts = {"start": where["base"], "expert": "expert"}

@@ -1,7 +1,7 @@
 """What guided rollouts cost beside plain ones: every sampler over batch size, length, size of the expert, and agreement."""
 
 import argparse
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import partial
 from itertools import product
@@ -11,12 +11,12 @@ import torch
 
 from tests.benchmarks.models import SHAPES, Disagreement, make_expert, make_policy, make_prompts
 from tests.benchmarks.timing import interleaved, median_ratio, peak_megabytes
+from trl_selective.config import SAMPLERS
 from trl_selective.rollout import GuidedRollout
 from trl_selective.sampling import CoinSampler, SpeculativeSampler, StepwiseSampler, make_sampler
 from trl_selective.sampling.unguided import sample_completions
 
 DRAFT_LENGTHS = [2, 4, 8, 16]
-SAMPLERS = ["stepwise", "coin", "speculative", "auto"]
 PLAIN = "generate"
 
 
@@ -85,8 +85,8 @@ def measure(
     batch: int,
     length: int,
     repeats: int,
-    draft_lengths: list[int] = DRAFT_LENGTHS,
-    kinds: list[str] = SAMPLERS,
+    draft_lengths: Sequence[int] = DRAFT_LENGTHS,
+    kinds: Sequence[str] = SAMPLERS,
 ) -> list[Line]:
     """All samplers in one cell. Completions have no end token: all rows are full, which favours plain rollouts, whose rows cannot leave."""
     prompts = make_prompts(policy, batch)
