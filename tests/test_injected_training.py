@@ -460,7 +460,8 @@ def test_truncated_completions_are_masked_like_any_other(tmp_path):
 
 def test_overlong_completions_are_dropped_and_counted(tmp_path):
     data = with_completions(["R 1 " * 20, "R 1 D 7"])
-    trainer = trained(tmp_path, train_dataset=data, injection_advantage="group", injection_selector="first")
+    with pytest.warns(UserWarning, match="Of 8 expert completions read for a batch, 4 had more than max_.*=26 tokens"):
+        trainer = trained(tmp_path, train_dataset=data, injection_advantage="group", injection_selector="first")
     assert logged(trainer, "guidance/injection/overlong") == [0.5] * 3
     assert {len(c.completion.token_ids) for batch in trainer.batches for c in batch.injection.injected} == {5}
 
@@ -699,6 +700,60 @@ def test_log_probs_of_given_completions_are_those_of_each_by_itself(tmp_path):
 def test_a_rollout_is_right_if_it_earns_more_than_half_of_the_range(tmp_path, reward, share):
     trainer = trained(tmp_path, reward_funcs=lambda completions, **kwargs: [reward] * len(completions), max_steps=1)
     assert trainer.batches[0].injection.fired == {"group_failed": share}
+
+
+@pytest.mark.parametrize(("correctness_reward", "share"), [("accuracy", 1.0), ("layout", 0.0), (None, 0.0)])
+def test_one_function_may_decide_what_is_right(tmp_path, correctness_reward, share):
+    """Wrong answers in the right layout have two of three rewards."""
+
+    def accuracy(completions, **kwargs):
+        return [float(index == -1) for index in range(len(completions))]
+
+    def layout(completions, **kwargs):
+        return [1.0] * len(completions)
+
+    trainer = trained(
+        tmp_path, reward_funcs=[accuracy, layout, layout], correctness_reward=correctness_reward, max_steps=1
+    )
+    assert trainer.batches[0].injection.fired == {"group_failed": share}
+
+
+def test_completions_are_accepted_by_the_range_of_their_group(tmp_path):
+    """A function that scores rollouts and not completions is in the range of both: 1 of 2 is not more than half."""
+
+    def everywhere(completions, **kwargs):
+        return [float("~" in completion) for completion in completions]
+
+    def elsewhere(completions, **kwargs):
+        return [None if "~" in completion else 0.0 for completion in completions]
+
+    data = with_completions(["~ R 1"])
+    trainer = trained(tmp_path, train_dataset=data, reward_funcs=[everywhere, elsewhere], max_steps=1)
+    assert logged(trainer, "guidance/injection/rows") == [0.25]
+    assert logged(trainer, "guidance/injection/accepted") == [0.0]
+    injected = trainer.outputs[0]["is_injected"]
+    assert trainer.outputs[0]["advantages"][injected].tolist() == [0.5] * 4  # of a range of 2, not of 1
+
+
+def test_a_reward_that_is_only_watched_divides_nothing_by_0(tmp_path):
+    """The one that counts punishes the policy and is silent where a function of weight 0 speaks: a range of 0 would make every parameter NaN."""
+
+    def penalty(completions, **kwargs):
+        return [None if "~" in completion else -0.5 for completion in completions]
+
+    def watched_only(completions, **kwargs):
+        return [float(len(completion)) for completion in completions]
+
+    with pytest.warns(UserWarning, match="Reward function 'penalty' gives -0.5, but with reward_range unset"):
+        trainer = trained(
+            tmp_path,
+            train_dataset=with_completions(["~ R 1"]),
+            reward_funcs=[penalty, watched_only],
+            reward_weights=[1.0, 0.0],
+            max_steps=1,
+        )
+    assert trainer.outputs[0]["advantages"].tolist() == pytest.approx([0.0, 0.0, 0.0, 0.5] * 4)
+    assert all(parameter.isfinite().all() for parameter in trainer.model.parameters())
 
 
 def test_the_tokenizers_own_end_token_is_appended(tmp_path):

@@ -83,7 +83,7 @@ def test_injected_rows_say_where_they_come_from(tmp_path):
 
 
 def test_steps_without_guidance_are_recorded_as_what_they_are(tmp_path):
-    trained(tmp_path, max_steps=2, guidance_steps=1)
+    trained(tmp_path, max_steps=2, guidance_steps=0.5)
     assert {row["kind"] for row in read_rollouts(tmp_path, [1])} == {"on_policy", "guided"}
     later = read_rollouts(tmp_path, [2])
     assert {(row["kind"], row["guidance_coef"], row["entropy_threshold"]) for row in later} == {

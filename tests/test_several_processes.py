@@ -58,7 +58,7 @@ def random_run(seed: int) -> dict:
         "max_injected_per_batch": rng.choice([1, 3, None]),
         "injection_correction": rng.choice(["policy_shaping", "truncated"]) if guided else "policy_shaping",
         "overlong_expert_completions": rng.choice(["drop", "truncate"]),
-        "guidance_steps": rng.choice([1, 100]),
+        "guidance_steps": rng.choice([0.5, 100]),
         "num_iterations": rng.choice([1, 2]),
         "per_device_train_batch_size": rng.choice([4, 8]),
         "gradient_accumulation_steps": rng.choice([1, 2]),

@@ -149,7 +149,7 @@ def test_what_does_not_work_on_a_part_is_refused(tmp_path, shard, plugin, change
     for name, value in changes.items():
         setattr(trainer.args, name, value)
     with pytest.raises(ValueError, match=message):
-        trainer._check_policy()
+        trainer._check_run()
 
 
 @pytest.mark.parametrize("plugin", [ZERO3, FSDP2])

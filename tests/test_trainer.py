@@ -341,7 +341,7 @@ def test_guidance_that_cannot_start_is_named(tmp_path):
 
 
 def test_the_completions_table_says_who_was_guided(tmp_path):
-    trainer = trained(tmp_path, max_steps=2, log_completions=True, guidance_steps=1)
+    trainer = trained(tmp_path, max_steps=2, log_completions=True, guidance_steps=0.5)
     columns = trainer._logs["extra"]
     assert len(columns["guided"]) == len(trainer._logs["completion"]) == len(trainer._logs["advantages"])
     assert not any(columns["guided"])  # the last batch is plain GRPO
@@ -506,7 +506,7 @@ def test_models_with_images_are_refused(tmp_path):
     trainer = make_trainer(tmp_path)
     trainer._is_vlm = True
     with pytest.raises(ValueError, match="needs a text model, got a processor with images"):
-        trainer._check_policy()
+        trainer._check_run()
 
 
 def test_a_cache_that_cannot_take_tokens_back_will_do_for_single_steps(tmp_path):

@@ -177,11 +177,13 @@ class SelectiveGuidanceGRPOConfig(GRPOConfig):
             How alpha falls to 0: `"cosine"`, `"linear"`, or `"constant"` (at once, after `guidance_steps`). At 0 nothing guided is
             generated any more: all rollouts are on-policy, and the expert is not called.
         guidance_steps (`float`, *optional*, defaults to `0.6`):
-            Optimizer steps until alpha is 0. If smaller than 1, a share of all training steps; `inf` keeps alpha where it starts.
+            Optimizer steps until alpha is 0. Up to 1, a share of all training steps; `inf` keeps alpha where it starts.
         reward_range (`float`, *optional*):
             Span of the total reward, which divides guided advantages. When unset, the sum of the absolute weights of the reward functions
-            that scored the rollout: each is taken to span [0, 1]. A rollout counts as correct in the logs when its total reward exceeds
-            half of it.
+            that scored the rollout: each is taken to span [0, 1].
+        correctness_reward (`str`, *optional*):
+            Name of the reward function that tells right from wrong: a rollout counts as correct if it gives more than 0.5. When unset, if
+            the total reward exceeds half of its span. What is correct decides which groups have failed (`injection_trigger`), and is logged.
         guided_importance_correction (`str`, *optional*, defaults to `"none"`):
             Weight of guided tokens for having been drawn from the mixture: `"none"` (the paper), pi_theta_old / pi_mix of each token
             (`"token_truncate"`, `"token_mask"`), or their product over the completion (`"sequence_truncate"`, `"sequence_mask"`).
@@ -293,10 +295,13 @@ class SelectiveGuidanceGRPOConfig(GRPOConfig):
     guidance_coef: float | None = _option("Factor on the advantages of guided rollouts at step 0 (default 1.0).")
     guidance_schedule: str | None = _option("How that factor falls to 0 (default cosine).", choices=SCHEDULES)
     guidance_steps: float | None = _option(
-        "Optimizer steps until the factor is 0; below 1, a share of all steps; inf, never (default 0.6)."
+        "Optimizer steps until the factor is 0; up to 1, a share of all steps; inf, never (default 0.6)."
     )
     reward_range: float | None = _option(
         "Span of the total reward; unset: the sum of the absolute weights of the reward functions that apply."
+    )
+    correctness_reward: str | None = _option(
+        "Reward function that gives correct rollouts more than 0.5; unset: their total reward exceeds half of its span."
     )
     guided_importance_correction: str | None = _option(
         "Importance weight of guided tokens (default none).", choices=CORRECTIONS
@@ -430,7 +435,12 @@ class SelectiveGuidanceGRPOConfig(GRPOConfig):
         for name in ("injection_trigger", "injection_selector"):
             if not isinstance(getattr(self, name), str):
                 raise ValueError(f"{name} must be a name, got {getattr(self, name)!r}. Objects go to the trainer.")
-        for names, kind, expected in ((COLUMNS, str, "the name of a column"), (SWITCHES, bool, "True or False")):
+        kinds = (
+            (COLUMNS, str, "the name of a column"),
+            (("correctness_reward",), str, "the name of a reward function"),
+            (SWITCHES, bool, "True or False"),
+        )
+        for names, kind, expected in kinds:
             for name in names:
                 if not isinstance(getattr(self, name), kind | None):
                     raise ValueError(f"{name} must be {expected}, got {getattr(self, name)!r}.")
@@ -610,7 +620,8 @@ class SelectiveGuidanceGRPOConfig(GRPOConfig):
         """A setting without effect in the chosen mode is named once. One that says the default anyway is not worth a word."""
         explicit = {name for name in explicit if getattr(self, name) != DEFAULTS.get(name)}
         guided, injected = self.num_guided_generations > 0, self.num_injected_completions > 0
-        shared = {"guidance_coef", "guidance_schedule", "guidance_steps", "reward_range", "importance_ratio_max"}
+        shared = {"guidance_coef", "guidance_schedule", "guidance_steps", "importance_ratio_max"}
+        shared |= {"reward_range", "correctness_reward"}
         idle = {
             "num_guided_generations=0": not guided
             and not injected
@@ -660,7 +671,7 @@ class SelectiveGuidanceGRPOConfig(GRPOConfig):
 
     def _fall(self, schedule: str, start: float, max_steps: int) -> Schedule:
         """From `start` to 0 over `guidance_steps`."""
-        steps = self.guidance_steps * max_steps if self.guidance_steps < 1 else self.guidance_steps
+        steps = self.guidance_steps * max_steps if self.guidance_steps <= 1 else self.guidance_steps
         steps = round(steps) if math.isfinite(steps) else steps
         if schedule == "constant":
             return join([constant(start), constant(0.0)], boundaries=[steps])

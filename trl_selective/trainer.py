@@ -32,13 +32,17 @@ from trl_selective.checkpoints import checkpoint_to_resume, way_on
 from trl_selective.checks import (
     check_arguments,
     check_columns,
+    check_correctness_reward,
     check_expert_argument,
     check_generation_config,
     check_model_rewards,
     check_prompts,
     check_scored,
     check_shared_base,
+    range_problem,
     refuse_update,
+    unit_problem,
+    verdict_problem,
 )
 from trl_selective.config import GUIDANCE_FIELDS, TRUNCATED, SelectiveGuidanceGRPOConfig
 from trl_selective.engines.coin import Coin
@@ -58,7 +62,7 @@ from trl_selective.experts import (
     on_device,
     share_base,
 )
-from trl_selective.functional.advantages import mixed_group_advantages, reward_span, total_reward
+from trl_selective.functional.advantages import is_correct, mixed_group_advantages, reward_span, total_reward
 from trl_selective.functional.importance import injected_importance_weight
 from trl_selective.grading import watched
 from trl_selective.guided_batch import GuidedBatch
@@ -176,11 +180,8 @@ class SelectiveGuidanceGRPOTrainer(GRPOTrainer):
         self._loss_sums: torch.Tensor | None = None  # what `_bind_to_policy` adds up in that micro-batch
         self._last_injected: tuple[list, list] | None = None  # prompts and completions, until the policy was updated
         self._logged_batch: LoggedBatch | None = None  # the last one, until it was written
-        self._check_policy()
-        if self._settings_in_use():
-            check_prompts(
-                self.train_dataset, self._tokenizer, bool(self.chat_template or self._tokenizer.chat_template)
-            )
+        self._warned_of: set[str] = set()  # settings that do not fit the data or the rewards
+        self._check_run()
         if needs_expert:
             self._set_up_expert(expert_model, expert_processing_class)
         if self.num_guided_generations:
@@ -242,7 +243,8 @@ class SelectiveGuidanceGRPOTrainer(GRPOTrainer):
         finally:
             vllm_generation.LLM = build
 
-    def _check_policy(self) -> None:
+    def _check_run(self) -> None:
+        """The policy, the reward functions and the data, as TRL has set them up."""
         for setting in self._settings_in_use():
             if self._is_vlm:
                 raise ValueError(
@@ -250,6 +252,18 @@ class SelectiveGuidanceGRPOTrainer(GRPOTrainer):
                 )
             check_gathers(self.accelerator, self.args.ds3_gather_for_generation, f"{setting} > 0")
             check_second_models(self.accelerator, self.args)
+        if (name := getattr(self.args, "correctness_reward", None)) is not None:
+            check_correctness_reward(name, self.reward_func_names)
+        if self._settings_in_use():
+            check_prompts(
+                self.train_dataset, self._tokenizer, bool(self.chat_template or self._tokenizer.chat_template)
+            )
+        column = getattr(self.args, "expert_completions_column", None)
+        if not self.num_injected_completions and column in (getattr(self.train_dataset, "column_names", None) or ()):
+            warnings.warn(
+                f"train_dataset has the column {column!r}, but without effect: num_injected_completions is 0.",
+                stacklevel=3,
+            )
 
     def _set_up_expert(self, expert_model, expert_processing_class) -> None:
         args = self.args
@@ -446,7 +460,21 @@ class SelectiveGuidanceGRPOTrainer(GRPOTrainer):
                 "or unset mask_truncated_completions.",
                 stacklevel=2,
             )
+        elif self.state.global_step == 0:
+            self._warn_of_late_start()
         return threshold
+
+    def _warn_of_late_start(self) -> None:
+        """If guidance is over before the first batch that could be guided, the second one."""
+        args, end = self.args, self.state.max_steps
+        second = args.steps_per_generation * args.num_iterations // args.gradient_accumulation_steps
+        if second >= end or args.guidance_coef_schedule(end)(second) == 0:
+            over = f"training ends at step {end}" if second >= end else f"alpha is 0 by step {second}"
+            warnings.warn(
+                f"No rollout will be guided: the entropy threshold is measured on the first batch, which lasts until step {second}, and {over}. "
+                "Set entropy_threshold_init, raise guidance_steps, or train for longer.",
+                stacklevel=2,
+            )
 
     def _guidance_coef(self) -> float:
         """alpha at this step."""
@@ -522,14 +550,14 @@ class SelectiveGuidanceGRPOTrainer(GRPOTrainer):
         """Put selected expert completions into their rows: token ids, decoded completions, log-probabilities of an inference engine."""
         self._log_last_injected()
         started, batch, args = time.perf_counter(), self._batch, self.args
-        rewards, reward_range = self._rewards_by_group(batch.sampled_rewards_per_func)
+        rewards_per_func = batch.sampled_rewards_per_func
         process_index = self.accelerator.process_index
         sampled = SampledBatch(
             batch.rows,
             prompt_ids,
             batch.completion_ids,
-            rewards=rewards.cpu(),
-            is_correct=(rewards > reward_range / 2).cpu(),
+            rewards=self._total_rewards(rewards_per_func).cpu(),
+            is_correct=self._is_correct(rewards_per_func, self._reward_range(rewards_per_func)).cpu(),
             is_guided=self._was_guided().cpu(),
             step=self.state.global_step,
             process_index=process_index,
@@ -538,15 +566,11 @@ class SelectiveGuidanceGRPOTrainer(GRPOTrainer):
         injection = self._injector.choose(
             sampled, partial(self._score_completions, prompt_ids, extra_logs), self._policy_logps
         )
-        if (
-            injection.num_read
-            and injection.num_read == injection.num_overlong
-            and args.overlong_expert_completions == "drop"
-        ):
-            warnings.warn(
-                "All expert completions of a batch are longer than max_completion_length, and were dropped. Raise it, or set "
-                "overlong_expert_completions='truncate'.",
-                stacklevel=2,
+        if injection.num_overlong and args.overlong_expert_completions == "drop":
+            self._warn_once(
+                "max_completion_length",
+                f"Of {injection.num_read} expert completions read for a batch, {injection.num_overlong} had more than max_completion_length="
+                f"{self.max_completion_length} tokens, and were dropped. Raise it, or set overlong_expert_completions='truncate'.",
             )
         batch.injection, batch.rewards_per_func = injection, batch.sampled_rewards_per_func.clone()
         for choice in injection.injected:
@@ -713,13 +737,25 @@ class SelectiveGuidanceGRPOTrainer(GRPOTrainer):
             self._log_completion_extra("injection_selector", [c.selector if c else None for c in choices])
             self._log_completion_extra("injection_score", [c.score if c else None for c in choices])
 
-    def _rewards_by_group(self, rewards_per_func: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-        """Total rewards of all processes by group, and the span of each."""
-        reward_weights = self.reward_weights.to(rewards_per_func.device)
-        rewards = total_reward(rewards_per_func, reward_weights).view(-1, self.num_generations)
+    def _total_rewards(self, rewards_per_func: torch.Tensor) -> torch.Tensor:
+        """Of all processes, by group."""
+        weights = self.reward_weights.to(rewards_per_func.device)
+        return total_reward(rewards_per_func, weights).view(-1, self.num_generations)
+
+    def _reward_range(self, *rewards_per_func: torch.Tensor) -> torch.Tensor:
+        """R_range of each group, (groups, 1): what the user said, or by the functions that scored any of its rows."""
+        given = torch.cat([part.unflatten(0, (-1, self.num_generations)) for part in rewards_per_func], dim=1)
         if self.args.reward_range is None:
-            return rewards, reward_span(rewards_per_func, reward_weights).view_as(rewards)
-        return rewards, torch.full_like(rewards, self.args.reward_range)
+            return reward_span(given, self.reward_weights.to(given.device))
+        return given.new_full((len(given), 1), self.args.reward_range)
+
+    def _is_correct(self, rewards_per_func: torch.Tensor, reward_range: torch.Tensor) -> torch.Tensor:
+        """Which rows are right, by group or as they stand, of a range for each group."""
+        name = self.args.correctness_reward
+        deciding = None if name is None else self.reward_func_names.index(name)
+        size = len(rewards_per_func) // len(reward_range)
+        weights = self.reward_weights.to(rewards_per_func.device)
+        return is_correct(rewards_per_func, weights, reward_range.expand(-1, size).flatten(), deciding).view(-1, size)
 
     def _was_guided(self) -> torch.Tensor:
         """Which rollouts of all processes were guided, by group."""
@@ -728,8 +764,9 @@ class SelectiveGuidanceGRPOTrainer(GRPOTrainer):
 
     def _apply_guidance(self, output: dict, batch: GuidedBatch) -> dict:
         """Replace TRL's advantages, and what it logged of this batch, by those of mixed-policy GRPO (Eq. 10-11) with injected rows."""
-        sampled, _ = self._rewards_by_group(batch.sampled_rewards_per_func)
-        rewards, reward_range = self._rewards_by_group(batch.rewards_per_func)
+        before, now = batch.sampled_rewards_per_func, batch.rewards_per_func
+        sampled, rewards = self._total_rewards(before), self._total_rewards(now)
+        reward_range = self._reward_range(before, now)
         is_guided, is_injected = self._was_guided(), torch.zeros_like(rewards, dtype=torch.bool)
         for choice in batch.injection.injected if batch.injection else ():
             is_injected.view(-1)[choice.row] = True
@@ -748,8 +785,28 @@ class SelectiveGuidanceGRPOTrainer(GRPOTrainer):
             local = [values.flatten()[own_rows][: batch.num_rows] for values in (advantages, is_guided, is_injected)]
             self._label_rows(output, batch, *local)
             self._logs["advantages"].extend(advantages.tolist())  # as many as the deque holds
-        self._log_batch(batch, sampled, rewards, is_guided, is_injected, reward_range)
+        verdicts = [self._is_correct(each, reward_range) for each in (before, now)]
+        self._warn_of_rewards(before, sampled, verdicts[0])
+        self._log_batch(batch, sampled, rewards, is_guided, is_injected, verdicts, reward_range)
         return output
+
+    def _warn_of_rewards(self, rewards_per_func: torch.Tensor, rewards: torch.Tensor, verdicts: torch.Tensor) -> None:
+        """Of rewards that do not fit `reward_range` and `correctness_reward`, once each."""
+        names, problems = self.reward_func_names, {}
+        if self.args.reward_range is None:
+            problems["reward_range"] = unit_problem(rewards_per_func, self.reward_weights, names)
+        elif self.args.correctness_reward is None:
+            problems["reward_range"] = range_problem(rewards, self.args.reward_range)
+        if self.args.correctness_reward is None:
+            problems["correctness_reward"] = verdict_problem(rewards, verdicts, names)
+        for setting, problem in problems.items():
+            if problem:
+                self._warn_once(setting, problem)
+
+    def _warn_once(self, setting: str, problem: str) -> None:
+        if setting not in self._warned_of:
+            self._warned_of.add(setting)
+            warnings.warn(problem, stacklevel=3)
 
     def _label_rows(self, output: dict, batch: GuidedBatch, advantages, is_guided, is_injected) -> None:
         """What the loss has to know of the rows of this process."""
@@ -834,7 +891,7 @@ class SelectiveGuidanceGRPOTrainer(GRPOTrainer):
 
     # ---- Logs --------------------------------------------------------------------------------------------------------------------------
 
-    def _log_batch(self, batch: GuidedBatch, sampled, rewards, is_guided, is_injected, reward_range) -> None:
+    def _log_batch(self, batch: GuidedBatch, sampled, rewards, is_guided, is_injected, verdicts, reward_range) -> None:
         """TRL's reward and length metrics of this batch, restricted to the policy's rollouts, and the metrics of guidance."""
         device, metrics = rewards.device, self._metrics["train"]
         own = ~is_guided.flatten()
@@ -852,11 +909,11 @@ class SelectiveGuidanceGRPOTrainer(GRPOTrainer):
             ).items():
                 metrics[name][-1] = value
 
-        news = reward_metrics(sampled, rewards, is_guided, is_injected, reward_range)
+        news = reward_metrics(sampled, rewards, is_guided, is_injected, *verdicts)
         if batch.rollout is not None:
             news |= self._rollout_metrics(batch.rollout)
         if batch.injection is not None:
-            news |= self._injection_metrics(batch.injection, rewards.shape)
+            news |= self._injection_metrics(batch.injection, reward_range)
         for name, value in news.items():
             metrics[name].append(value)
 
@@ -871,14 +928,14 @@ class SelectiveGuidanceGRPOTrainer(GRPOTrainer):
             metrics |= importance_metrics(sums, self.accelerator.gather(p99).max().item())
         return metrics
 
-    def _injection_metrics(self, injection: Injection, shape: tuple[int, int]) -> dict[str, float]:
+    def _injection_metrics(self, injection: Injection, reward_range: torch.Tensor) -> dict[str, float]:
         is_accepted: list[bool] = []
         if injection.choices:
             given = torch.tensor([choice.rewards_per_func for choice in injection.choices])
-            weights = self.reward_weights.cpu()
-            span = self.args.reward_range or reward_span(given, weights)
-            is_accepted = (total_reward(given, weights) > span / 2).tolist()
-        metrics = injection_metrics(injection, is_accepted, shape[0], shape[0] * shape[1])
+            groups = [choice.group for choice in injection.choices]
+            is_accepted = self._is_correct(given, reward_range.cpu()[groups]).flatten().tolist()
+        num_groups = len(reward_range)
+        metrics = injection_metrics(injection, is_accepted, num_groups, num_groups * self.num_generations)
         for learner in self._injector.selector.learners():
             if learner.model.num_outcomes:
                 metrics["guidance/injection/calibration_error"] = learner.model.calibration_error()

@@ -14,7 +14,7 @@ from transformers import AutoModelForSequenceClassification, AutoTokenizer, Llam
 
 from tests.bad_input.case import Case, Error, Handled, Warned
 from tests.models import COMMON
-from tests.training import GUIDED, POLICY, expert_dataset, length_reward, make_trainer
+from tests.training import GUIDED, POLICY, expert_dataset, filler_reward, length_reward, make_trainer
 from trl_selective import SelectiveGuidanceGRPOTrainer
 from trl_selective.grading_pool import GradingPool
 
@@ -221,6 +221,25 @@ SECTIONS = {
             Error("a reward model that gives NaN", breaks_as_a_model,
                   "The reward model 'judge' gives row 0 of the batch the reward nan, expected a finite number. Look for NaN or inf in its weights, or float16 "
                   f"overflow (load it in bfloat16 or float32).\n{ANEW}"),
+            Error("`correctness_reward='accuracy'`, where there is no such function",
+                  lambda folder: train(folder, [length_reward, filler_reward], correctness_reward="accuracy"),
+                  "correctness_reward must be one of the reward functions ['length_reward', 'filler_reward'], got 'accuracy'. A function that shall "
+                  "decide and not count may have the weight 0 in reward_weights."),
+            Warned("one that gives up to 10, and `reward_range` unset",
+                   lambda folder: train(folder, returning(lambda completions: [10 * reward for reward in length_reward(completions)])),
+                   "Reward function 'my_reward' gives …, but with reward_range unset each is taken to span [0, 1]: guided and injected rows count too much or "
+                   "too little, and a rollout is correct above half of that span. Set reward_range to the span of the total reward; and where it does not "
+                   "begin at 0, correctness_reward to the function that tells right from wrong."),
+            Warned("one that gives -1 or 1, and `reward_range=2.0`",
+                   lambda folder: train(folder, returning(lambda completions: [-1.0, *[1.0] * (len(completions) - 1)]), reward_range=2.0),
+                   "A rollout has the total reward -1, but those with more than half of reward_range=2 are taken to be correct, as if rewards lay between 0 "
+                   "and it. Set reward_range to their span; and where they do not begin at 0, correctness_reward to the function that tells right from "
+                   "wrong."),
+            Warned("two for the format, always 1, beside one for the answer",
+                   lambda folder: train(folder, [length_reward, *[returning(lambda completions: [1.0] * len(completions))] * 2]),
+                   "All rollouts of a batch count as correct, since their total rewards (… to …) exceed half of reward_range: no group has failed, and none "
+                   "can be rescued. If that is not so, set correctness_reward to that of ['length_reward', 'my_reward', 'my_reward'] which tells right from "
+                   "wrong."),
             Warned("`None` for all completions", leaves_all_out,
                    "…All reward functions returned None for the following kwargs:\n…\nPlease ensure that at least one reward function returns a valid reward."),
             handled("`None` for some", "Those rows are left out: no advantage, no part of the baseline.",

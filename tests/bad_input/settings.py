@@ -5,6 +5,7 @@ from typing import Any
 from unittest.mock import patch
 
 from tests.bad_input.case import Case, Error, Warned
+from tests.training import make_trainer
 from trl_selective import SelectiveGuidanceGRPOConfig
 
 NAN, INF = float("nan"), float("inf")
@@ -122,6 +123,7 @@ OF_INJECTION: Rows = [
     ({"max_completion_length": None}, "Guidance needs a bound on lengths, got max_completion_length=None. Set it to the longest completion, in tokens."),
     ({"multi_objective_aggregation": "normalize_then_sum"}, "multi_objective_aggregation='normalize_then_sum' normalises each reward over all rollouts, which has no counterpart for guided ones. Use 'sum_then_normalize'."),
     ({"num_guided_generations": 2, "top_p": 0.9}, "Guided rollouts are drawn from the full distribution, got top_p=0.9: guided and on-policy rollouts would follow different policies, and importance ratios would be wrong. Leave these at their defaults and use `temperature`."),
+    ({"correctness_reward": 3}, "correctness_reward must be the name of a reward function, got 3."),
     ({"expert_logprobs_column": 3}, "expert_logprobs_column must be the name of a column, got 3."),
     ({"temperature": -1.0}, "temperature must be positive and finite, got -1: rollouts of a group would all be the same, or none at all. Set it to 1.0, TRL's default."),
 ]  # fmt: skip
@@ -195,6 +197,12 @@ def on_two_processes(settings: dict[str, Any]) -> Case:
     return Error("`per_device_train_batch_size=4` on two processes", cause, says)
 
 
+def begins_too_late(folder: Path) -> None:
+    make_trainer(
+        folder, entropy_threshold_init=None, guidance_schedule="cosine", guidance_steps=0.5, max_steps=2
+    ).train()
+
+
 SECTIONS = {
     "Settings of token-level guidance": (
         "Beside `num_generations=8, num_guided_generations=4`.",
@@ -210,6 +218,15 @@ SECTIONS = {
     ),
     "Settings without effect": (
         "They are named once, in a warning. Beside `num_guided_generations=4`, or, in the second half, `num_injected_completions=2`.",
-        [*cases(Warned, GUIDED, IDLE_OF_GUIDANCE), *cases(Warned, INJECTED, IDLE_OF_INJECTION)],
+        [
+            *cases(Warned, GUIDED, IDLE_OF_GUIDANCE),
+            Warned(
+                "`max_steps=2, guidance_steps=0.5`, and `entropy_threshold_init` unset",
+                begins_too_late,
+                "No rollout will be guided: the entropy threshold is measured on the first batch, which lasts until step 1, and alpha is 0 by step 1. "
+                "Set entropy_threshold_init, raise guidance_steps, or train for longer.",
+            ),
+            *cases(Warned, INJECTED, IDLE_OF_INJECTION),
+        ],
     ),
 }

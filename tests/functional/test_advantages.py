@@ -6,6 +6,7 @@ from trl.trainer import utils as trl_utils
 
 from trl_selective.functional import (
     guided_advantages,
+    is_correct,
     mixed_group_advantages,
     on_policy_advantages,
     reward_span,
@@ -124,10 +125,31 @@ def test_total_reward_sums_what_was_scored():
     torch.testing.assert_close(total, torch.tensor([3.5, 2.0, NAN, 1.5, 0.0]), equal_nan=True)
 
 
-def test_the_span_counts_the_functions_that_scored_a_row():
-    scored_by_first, by_both, by_none = [0.0, NAN], [1.0, 1.0], [NAN, NAN]
-    span = reward_span(torch.tensor([scored_by_first, by_both, by_none]), torch.tensor([1.0, -0.5]))
-    assert span.tolist() == [1.0, 1.5, 0.0]
+def test_the_span_counts_the_functions_that_scored_a_row_of_the_group():
+    by_first, by_both, by_none = [0.0, NAN], [1.0, 1.0], [NAN, NAN]
+    groups = torch.tensor([[by_first, by_none], [by_first, by_both], [by_none, by_none]])
+    span = reward_span(groups, torch.tensor([1.0, -0.5]))
+    assert span.tolist() == [
+        [1.0],
+        [1.5],
+        [0.0],
+    ]  # of all rows of a group, also of those that the second did not score
+
+
+def test_right_is_what_has_more_than_half_of_its_own_span():
+    rewards = torch.tensor([[0.6, NAN], [0.6, 0.0], [0.5, NAN], [0.4, 0.2], [NAN, NAN], [0.2, 0.9]])
+    # totals 0.6, 0.6, 0.5, 0.6, none, 1.1
+    assert is_correct(rewards, torch.ones(2), reward_range=1.0).tolist() == [True, True, False, True, False, True]
+    ranges = torch.tensor([1.0, 2.0, 1.0, 2.0, 1.0, 2.0])
+    assert is_correct(rewards, torch.ones(2), ranges).tolist() == [True, False, False, False, False, True]
+
+
+def test_right_is_what_the_deciding_function_says():
+    """Of accuracy, and two formats that are always there, accuracy decides: also without a weight, and where another gives nothing."""
+    rewards = torch.tensor([[0.0, 1.0, 1.0], [1.0, 0.0, 0.0], [0.5, 1.0, 1.0], [NAN, 1.0, 1.0], [1.0, NAN, NAN]])
+    for weights in (torch.ones(3), torch.tensor([0.0, 1.0, 1.0])):
+        assert is_correct(rewards, weights, 3.0, deciding=0).tolist() == [False, True, False, False, True]
+    assert is_correct(rewards, torch.ones(3), 3.0).tolist() == [True, False, True, True, False]  # by the total
 
 
 def test_each_row_may_have_its_own_range():

@@ -62,6 +62,13 @@ FUNCTIONAL = [
             "a row that one function did not score counts as unscored",
         ),
         ("* reward_weights.abs())", "* reward_weights)", "negative weights shrink the span of the reward"),
+        (
+            "(~rewards_per_func.isnan()).any(dim=1)",
+            "(~rewards_per_func.isnan()).all(dim=1)",
+            "the span of a function that scored some rows is left out",
+        ),
+        ("> reward_range / 2", "> 0", "any reward counts as right"),
+        ("rewards_per_func[:, deciding] > 0.5", "rewards_per_func[:, deciding] > 0", "half right is right"),
     ),
     *mutations(
         "functional/diversity.py",

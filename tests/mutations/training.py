@@ -94,13 +94,19 @@ TRAINING = [
     ),
     *mutations(
         "trainer.py",
-        ("is_correct=(rewards > reward_range / 2)", "is_correct=(rewards > 0)", "any reward counts as right"),
-        tests=("test_injected_training.py::test_a_rollout_is_right_if_it_earns_more_than_half_of_the_range",),
+        ("self.reward_func_names.index(name)\n", "0\n", "the first reward function decides what is right"),
+        ("given.new_full((len(given), 1), self.args.reward_range)", "given.new_full((len(given), 1), 1.0)", "the range that the user gives is not used"),
+        ("self._is_correct(given, reward_range.cpu()[groups])", "self._is_correct(given, reward_span(given.unsqueeze(1), self.reward_weights))", "a completion is judged by the functions that scored it alone"),
+        tests=(
+            "test_injected_training.py::test_one_function_may_decide_what_is_right",
+            "test_injected_training.py::test_completions_are_accepted_by_the_range_of_their_group",
+            "test_trainer.py::test_the_last_rows_of_each_group_are_guided_and_weighed_by_equations_10_and_11",
+        ),
     ),
     *mutations(
         "trainer.py",
         ("batch.rewards_per_func[choice.row] = torch.tensor(choice.rewards_per_func)", "pass", "injected rows keep the reward of what they replaced"),
-        ("sampled, _ = self._rewards_by_group(batch.sampled_rewards_per_func)", "sampled, _ = self._rewards_by_group(batch.rewards_per_func)", "injected rewards are in the baseline"),
+        ("self._total_rewards(before), self._total_rewards(now)", "self._total_rewards(now), self._total_rewards(now)", "injected rewards are in the baseline"),
         ("list(choice.completion.token_ids)\n            completions[row]", "list(choice.completion.token_ids[:-1])\n            completions[row]", "the end token is dropped"),
         tests=("test_injected_training.py::test_the_worst_row_makes_room_and_the_others_keep_their_advantages",),
     ),

@@ -81,7 +81,8 @@ def test_rewards_of_all_kinds_of_rows():
     sampled = torch.tensor([[0.0, 0.0, 1.0], [1.0, 0.0, 1.0], [0.0, 0.0, 0.4], [0.0, 0.2, 0.0]])
     is_guided, is_injected = rows(*[[0, 0, 1]] * 4), rows([0, 1, 0], [0, 1, 0], [0, 0, 0], [0, 0, 0])
     rewards = sampled.masked_fill(is_injected, 0.9)
-    assert reward_metrics(sampled, rewards, is_guided, is_injected, reward_range=torch.ones(4, 3)) == pytest.approx(
+    verdicts = sampled > 0.5, rewards > 0.5
+    assert reward_metrics(sampled, rewards, is_guided, is_injected, *verdicts) == pytest.approx(
         {
             "guidance/reward/on_policy": 1.2 / 8,  # the replaced rollouts included
             "guidance/reward/guided": 0.6,  # 2.4 / 4
@@ -93,7 +94,7 @@ def test_rewards_of_all_kinds_of_rows():
 
 def test_kinds_that_a_batch_does_not_have_are_left_out():
     sampled, nobody = torch.tensor([[0.0, math.nan], [1.0, 0.0]]), rows([0, 0], [0, 0])
-    metrics = reward_metrics(sampled, sampled, nobody, nobody, torch.ones(2, 2))
+    metrics = reward_metrics(sampled, sampled, nobody, nobody, sampled > 0.5, sampled > 0.5)
     assert metrics == {"guidance/reward/on_policy": pytest.approx(1 / 3), "guidance/rescued_groups": 0.0}
 
 
@@ -113,24 +114,8 @@ def test_kinds_that_a_batch_does_not_have_are_left_out():
 )
 def test_what_rescues_a_group(sampled, now, is_guided, is_injected, rescued):
     values = [torch.tensor([sampled]), torch.tensor([now]), rows(is_guided), rows(is_injected)]
-    assert reward_metrics(*values, torch.ones(1, 2))["guidance/rescued_groups"] == rescued
-
-
-def test_a_rollout_is_correct_by_the_range_of_its_own_rewards():
-    rewards, is_guided = torch.tensor([[0.4, 0.6], [0.4, 0.6]]), rows([0, 1], [0, 1])
-    reward_range = torch.tensor([[1.0, 1.0], [2.0, 2.0]])  # 0.6 is more than half of 1, and less than half of 2
-    metrics = reward_metrics(rewards, rewards, is_guided, torch.zeros_like(is_guided), reward_range)
-    assert metrics["guidance/rescued_groups"] == 0.5
-
-
-@pytest.mark.parametrize("kind", ["guided", "injected"])
-@pytest.mark.parametrize(("own_range", "other_range", "rescued"), [(1.0, 1.0, 0.0), (1.0, 2.0, 0.0), (2.0, 1.0, 1.0)])
-def test_ranges_may_differ_within_a_group(own_range, other_range, rescued, kind):
-    """Both rewards are 0.6: correct where the range is 1, wrong where it is 2."""
-    sampled, flags, nobody = torch.tensor([[0.6, 0.6 if kind == "guided" else 0.0]]), rows([0, 1]), rows([0, 0])
-    rewards, reward_range = torch.tensor([[0.6, 0.6]]), torch.tensor([[own_range, other_range]])
-    kinds = (flags, nobody) if kind == "guided" else (nobody, flags)
-    assert reward_metrics(sampled, rewards, *kinds, reward_range)["guidance/rescued_groups"] == rescued
+    verdicts = (each > 0.5 for each in values[:2])
+    assert reward_metrics(*values, *verdicts)["guidance/rescued_groups"] == rescued
 
 
 # ---- Injected completions --------------------------------------------------------------------------------------------------------------

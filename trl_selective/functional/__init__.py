@@ -14,6 +14,7 @@ Probabilities are float32 or better: cast logits up before the softmax, not afte
 
 from trl_selective.functional.advantages import (
     guided_advantages,
+    is_correct,
     mixed_group_advantages,
     on_policy_advantages,
     reward_span,
@@ -55,6 +56,7 @@ __all__ = [
     "guided_importance_weight",
     "hard_gate",
     "injected_importance_weight",
+    "is_correct",
     "jaccard",
     "join",
     "linear",

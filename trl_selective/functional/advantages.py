@@ -37,7 +37,7 @@ def guided_advantages(
     rewards: Float[Tensor, "groups rows"],
     on_policy_rewards: Float[Tensor, "groups on_policy_rows"],
     coef: float,
-    reward_range: float | Float[Tensor, "groups rows"],
+    reward_range: float | Float[Tensor, "groups #rows"],
 ) -> Float[Tensor, "groups rows"]:
     """A = alpha max(R - mean_on, 0) / R_range (Eq. 11), in [0, alpha] when rewards span at most `reward_range`.
 
@@ -45,7 +45,7 @@ def guided_advantages(
         rewards: total reward of the guided rows of each group, NaN where unscorable.
         on_policy_rewards: total reward of the on-policy rows of the same groups; they alone set the baseline.
         coef: alpha >= 0, annealed to 0 during training.
-        reward_range: R_range > 0, the span of the total reward (not of this batch), of all rows or of each.
+        reward_range: R_range > 0, the span of the total reward (not of this batch), of all rows, of each group or of each row.
     """
     excess = (rewards - on_policy_rewards.nanmean(dim=1, keepdim=True)).clamp(min=0)
     return (coef / reward_range * excess).nan_to_num(nan=0.0)
@@ -57,7 +57,7 @@ def mixed_group_advantages(
     is_guided: Bool[Tensor, "groups rows"],
     is_injected: Bool[Tensor, "groups rows"],
     coef: float,
-    reward_range: float | Float[Tensor, "groups rows"],
+    reward_range: float | Float[Tensor, "groups #rows"],
     *,
     scale_rewards: Literal["group", "batch", "none"] = "group",
     injection_advantage: Literal["positive_excess", "group"] = "positive_excess",
@@ -109,15 +109,35 @@ def total_reward(
 
 
 def reward_span(
-    rewards_per_func: Float[Tensor, "rows funcs"], reward_weights: Float[Tensor, "funcs"]
-) -> Float[Tensor, "rows"]:
-    """Span of the total reward of a row if each function spans [0, 1]: the sum of |weight| over the functions that scored the row.
+    rewards_per_func: Float[Tensor, "groups rows funcs"], reward_weights: Float[Tensor, "funcs"]
+) -> Float[Tensor, "groups 1"]:
+    """Span of the total reward in a group if each function spans [0, 1]: the sum of |weight| over the functions that scored any of its rows.
 
     Args:
         rewards_per_func: NaN where a function does not apply (it returned None), as with a function per task.
         reward_weights: one weight per function.
     """
-    return (~rewards_per_func.isnan() * reward_weights.abs()).sum(dim=1)
+    applies = (~rewards_per_func.isnan()).any(dim=1)
+    return (applies * reward_weights.abs()).sum(dim=1, keepdim=True)
+
+
+def is_correct(
+    rewards_per_func: Float[Tensor, "rows funcs"],
+    reward_weights: Float[Tensor, "funcs"],
+    reward_range: float | Float[Tensor, "rows"],
+    deciding: int | None = None,
+) -> Bool[Tensor, "rows"]:
+    """Which rows are right: those whose total reward exceeds half of its span, or those to which one function gives more than 0.5.
+
+    Args:
+        rewards_per_func: NaN where a function does not apply (it returned None).
+        reward_weights: one weight per function.
+        reward_range: span of the total reward, of all rows or of each.
+        deciding: the function that decides, whatever its weight; None for the total reward.
+    """
+    if deciding is not None:
+        return rewards_per_func[:, deciding] > 0.5
+    return total_reward(rewards_per_func, reward_weights) > reward_range / 2
 
 
 def nanstd(values: Float[Tensor, "..."], dim: int, keepdim: bool = False) -> Float[Tensor, "..."]:

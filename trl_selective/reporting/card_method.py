@@ -145,7 +145,7 @@ def fall(schedule: str, start: float, steps: float) -> str:
     """A schedule in words."""
     if math.isinf(steps):
         return f"{start:g} throughout"
-    span = f"{100 * steps:g} % of all steps" if steps < 1 else f"{steps:g} steps"
+    span = f"{100 * steps:g} % of all steps" if steps <= 1 else f"{steps:g} steps"
     how = f"{start:g} for {span}" if schedule == "constant" else f"{schedule} from {start:g} to 0 over {span}"
     return f"{how}; then nothing is guided any more, and training is plain GRPO"
 

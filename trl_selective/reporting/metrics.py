@@ -58,7 +58,8 @@ def reward_metrics(
     rewards: Float[Tensor, "groups rows"],
     is_guided: Bool[Tensor, "groups rows"],
     is_injected: Bool[Tensor, "groups rows"],
-    reward_range: Float[Tensor, "groups rows"],
+    was_correct: Bool[Tensor, "groups rows"],
+    is_correct: Bool[Tensor, "groups rows"],
 ) -> dict[str, float]:
     """Rewards of all kinds of rows apart, and the share of groups that guidance rescued.
 
@@ -67,11 +68,10 @@ def reward_metrics(
         rewards: the same with those of injected completions in their places.
         is_guided: which rollouts were guided.
         is_injected: which of all rows were replaced.
-        reward_range: span of the total reward of each row; a row is correct when its reward exceeds half of it.
+        was_correct: which rollouts are right.
+        is_correct: the same with injected completions in their places.
     """
-    is_correct = rewards > reward_range / 2
-    helped = is_correct & (is_guided | is_injected)
-    rescued = helped.any(1) & ~(sampled.masked_fill(is_guided, torch.nan) > reward_range / 2).any(1)
+    rescued = (is_correct & (is_guided | is_injected)).any(1) & ~(was_correct & ~is_guided).any(1)
     metrics = {
         "guidance/reward/on_policy": sampled[~is_guided].nanmean().item(),
         "guidance/rescued_groups": rescued.float().mean().item(),
