@@ -7,9 +7,11 @@ from peft import LoraConfig, PeftModel, get_peft_model
 from torch import nn
 from transformers import (
     AutoModelForCausalLM,
+    FalconH1Config,
     Gemma3TextConfig,
     GPT2Config,
     GPTNeoConfig,
+    JambaConfig,
     Lfm2Config,
     LlamaConfig,
     MambaConfig,
@@ -17,6 +19,7 @@ from transformers import (
     MptConfig,
     PreTrainedModel,
     Qwen2Config,
+    Qwen3MoeConfig,
 )
 
 COMMON = {
@@ -52,10 +55,46 @@ ARCHITECTURES: dict[str, tuple[type, dict[str, Any]]] = {
         },
     ),
     "alibi": (MptConfig, {"d_model": 16, "n_layers": 2, "n_heads": 2}),
+    "state_and_attention": (
+        JambaConfig,
+        {
+            **COMMON,
+            "attn_layer_period": 2,
+            "attn_layer_offset": 1,
+            "num_experts": 2,
+            "num_experts_per_tok": 1,
+            "mamba_d_state": 4,
+            "mamba_dt_rank": 4,
+            "use_mamba_kernels": False,
+        },
+    ),
+    "state_beside_attention": (
+        FalconH1Config,
+        {**COMMON, "mamba_d_ssm": 32, "mamba_n_heads": 4, "mamba_d_head": 8, "mamba_d_state": 4, "mamba_n_groups": 1},
+    ),
+    "moe": (
+        Qwen3MoeConfig,
+        {
+            **COMMON,
+            "moe_intermediate_size": 16,
+            "num_experts": 4,
+            "num_experts_per_tok": 2,
+            "output_router_logits": True,
+        },
+    ),
     "recurrent": (MambaConfig, {"hidden_size": 16, "num_hidden_layers": 1, "state_size": 4}),
 }
-FORGETFUL = ["llama", "qwen2", "gpt2"]  # full attention: rejected tokens can be masked out of the cache
-MINDFUL = ["sliding", "sliding_and_full", "gemma3", "convolution", "local", "alibi"]
+FORGETFUL = ["llama", "qwen2", "gpt2", "moe"]  # full attention: rejected tokens can be masked out of the cache
+MINDFUL = [
+    "sliding",
+    "sliding_and_full",
+    "gemma3",
+    "convolution",
+    "local",
+    "alibi",
+    "state_and_attention",
+    "state_beside_attention",
+]
 
 
 def tiny_model(

@@ -77,6 +77,15 @@ def test_a_fresh_adapter_equals_its_base_and_a_trained_one_does_not(tmp_path, sa
     assert torch.cat(second.log_ratios()).abs().max() > 1e-2
 
 
+def test_the_base_has_the_head_of_the_policy(tmp_path):
+    """Which TRL can keep in float32 above a policy in bfloat16."""
+    options = {"cast_lm_head_to_fp32": True, "model_init_kwargs": {"dtype": "bfloat16"}}
+    trainer = shared(tmp_path, max_steps=1, **options)
+    trainer.train()
+    assert trainer.expert_model.lm_head.weight is trainer.model.get_base_model().lm_head.weight
+    assert trainer.expert_model(torch.tensor([[3, 9, 20]])).logits.dtype == torch.float32
+
+
 @pytest.mark.parametrize("adapter", [False, True])
 def test_the_base_is_there_once_and_stays_what_it_is(tmp_path, adapter):
     before = AutoModelForCausalLM.from_pretrained(POLICY).state_dict()

@@ -455,6 +455,16 @@ def test_the_initial_policy_stays_in_the_mixture(tmp_path):
         assert all(row[0] == 1.0 for row in batch.rollout.guidance_weights)  # the first token is the expert's
 
 
+def test_the_initial_policy_has_the_head_of_the_trained_one(tmp_path):
+    """TRL's cast of the head to float32 goes with the copy: at the start the two have the same logits."""
+    options = {"cast_lm_head_to_fp32": True, "model_init_kwargs": {"dtype": "bfloat16"}}
+    trainer = trained(tmp_path, mixture_policy="initial", learning_rate=0.0, max_steps=1, **options)
+    assert trainer._sampler.policy.lm_head.weight.dtype == torch.float32
+    assert trainer._sampler.policy.lm_head is not trainer.model.lm_head
+    ids = torch.tensor([[3, 9, 20]])
+    torch.testing.assert_close(trainer._sampler.policy(ids).logits, trainer.model(ids).logits, rtol=0, atol=0)
+
+
 def test_a_preset_is_printed_in_full(tmp_path, capsys):
     make_trainer(tmp_path, preset="mentor_corrected", num_generations=8)
     printed = capsys.readouterr().out

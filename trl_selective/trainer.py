@@ -61,6 +61,7 @@ from trl_selective.experts import (
     load_expert_tokenizer,
     on_device,
     share_base,
+    with_own_forwards,
 )
 from trl_selective.functional.advantages import is_correct, mixed_group_advantages, reward_span, total_reward
 from trl_selective.functional.importance import injected_importance_weight
@@ -411,9 +412,7 @@ class SelectiveGuidanceGRPOTrainer(GRPOTrainer):
 
     def _initial_policy(self) -> PreTrainedModel:
         """A frozen copy of the policy as it is now."""
-        policy = copy.deepcopy(self.model)
-        for module in policy.modules():
-            module.__dict__.pop("forward", None)  # TRL's fused head, whose closure still refers to the trained model
+        policy = with_own_forwards(copy.deepcopy(self.model))
         return policy.requires_grad_(False).eval().to(self.accelerator.device)
 
     def _sum_over_processes(self, tensor: torch.Tensor) -> torch.Tensor:

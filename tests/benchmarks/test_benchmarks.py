@@ -5,10 +5,13 @@ import sys
 from pathlib import Path
 
 import pytest
+from trl import GRPOTrainer
 
 from tests.benchmarks.models import SHAPES, Disagreement, make_expert, make_policy, make_prompts
 from tests.benchmarks.sampling import PLAIN, measure
 from tests.benchmarks.timing import interleaved, median_ratio
+from tests.benchmarks.training import take_turns
+from tests.training import make_plain_trainer
 
 ROOT = Path(__file__).parents[2]
 
@@ -52,6 +55,16 @@ def test_runs_take_turns(capsys):
     assert {name: len(times) for name, times in seconds.items()} == {"a": 2, "b": 2, "c": 2}
     assert [line[:2] for line in capsys.readouterr().err.splitlines()] == [f"{name}:" for name in order]
     assert median_ratio([2.0, 9.0, 4.0], [1.0, 1.0, 2.0]) == 2
+
+
+def test_a_trainer_that_fails_ends_all(tmp_path):
+    """The second of three, in its second step; the others wait for turns."""
+    trainers = {name: make_plain_trainer(tmp_path / name, GRPOTrainer) for name in "abc"}
+    broken = trainers["b"]
+    compute = broken._compute_loss
+    broken._compute_loss = lambda *inputs: compute(*inputs) if not broken.state.global_step else 1 / 0
+    with pytest.raises(ZeroDivisionError):
+        take_turns(trainers)
 
 
 @pytest.mark.parametrize(

@@ -25,8 +25,8 @@ class Turns(TrainerCallback):
     """Trainers in threads of their own that take their steps in turn, so that all meet the same machine. A step ends where the next one
     begins: its logs are part of it."""
 
-    def __init__(self, mine: threading.Semaphore, next_one: threading.Semaphore):
-        self.mine, self.next_one = mine, next_one
+    def __init__(self, mine: threading.Semaphore, next_one: threading.Semaphore, failures: list[BaseException]):
+        self.mine, self.next_one, self.failures = mine, next_one, failures
         self.seconds: list[float] = []
         self.start: float | None = None
 
@@ -34,6 +34,8 @@ class Turns(TrainerCallback):
         if self.start is not None:
             self._end_turn()
         self.mine.acquire()
+        if self.failures:
+            raise RuntimeError("another trainer has failed")
         synchronize()
         self.start = time.perf_counter()
 
@@ -127,13 +129,25 @@ def main(arguments: argparse.Namespace) -> None:
 def take_turns(trainers: dict[str, GRPOTrainer]) -> dict[str, Turns]:
     """Train all, a step of each in turn."""
     gates = [threading.Semaphore(int(not number)) for number in range(len(trainers))]
+    failures: list[BaseException] = []
+
+    def train(trainer: GRPOTrainer) -> None:
+        try:
+            trainer.train()
+        except BaseException as error:  # noqa: BLE001  it is raised below
+            failures.append(error)
+            for gate in gates:  # nobody has to wait for a turn that never ends
+                gate.release()
+
     turns, threads = {}, []
     for number, (name, trainer) in enumerate(trainers.items()):
-        turns[name] = Turns(gates[number], gates[(number + 1) % len(gates)])
+        turns[name] = Turns(gates[number], gates[(number + 1) % len(gates)], failures)
         trainer.add_callback(turns[name])
-        threads.append(threading.Thread(target=trainer.train))
+        threads.append(threading.Thread(target=train, args=(trainer,)))
     for thread in threads:
         thread.start()
     for thread in threads:
         thread.join()
+    if failures:
+        raise failures[0]
     return turns

@@ -191,6 +191,26 @@ SAMPLING = [
     ),
     *mutations(
         "sampling/kv.py",
+        (
+            "self._reads_singly = loses_its_state(model.config)",
+            "self._reads_singly = False",
+            "a state is lost before a block",
+        ),
+        (
+            "return {name: False} if is_taken",
+            "return {} if is_taken",
+            "the load of experts is balanced behind a cache",
+        ),
+        (
+            "torch.cat(logits[-num_logits:], dim=1)",
+            "torch.cat(logits[:num_logits], dim=1)",
+            "the logits of the first tokens of a block",
+        ),
+        (
+            "if self.cache is not None:\n            self.cache.reorder",
+            "if True:\n            self.cache.reorder",
+            "prompts of one token, of which nothing was read",
+        ),
         ("texts = [tuple(ids[:-1])", "texts = [tuple(ids)", "the last token of a prompt is read twice"),
         ("numbers[text] for text in texts", "0 for text in texts", "all rows have the prompt of the first"),
         ("- behind + steps - 1)", "- behind + steps)", "positions off by one"),

@@ -188,7 +188,31 @@ def change_masks(model):
     model.__class__ = type("Own", (type(model),), {"__module__": module.__name__})
 
 
-@pytest.mark.parametrize("change", [change_attention, change_devices, change_weights, change_masks])
+def change_positions(model):
+    model.config.rope_parameters = {"rope_type": "dynamic", "factor": 2.0, "rope_theta": 10000.0}
+
+
+def change_positions_of_some_layers(model):
+    kinds = {"sliding_attention": {"rope_type": "default"}, "full_attention": {"rope_type": "longrope"}}
+    model.config.rope_parameters = kinds
+
+
+def change_distances(model):
+    model.config.alibi = True  # as Falcon's older models have it
+
+
+CHANGES = [
+    change_attention,
+    change_devices,
+    change_weights,
+    change_masks,
+    change_positions,
+    change_positions_of_some_layers,
+    change_distances,
+]
+
+
+@pytest.mark.parametrize("change", CHANGES)
 def test_other_models_are_read_plainly(change):
     model = tiny_model(1)
     assert has_static_forward(model)
@@ -270,6 +294,7 @@ def test_a_model_that_waits_for_the_device_is_read_plainly():
         ours = RAMP.sample("stepwise", policy, expert, PROMPTS * 4, length=12, eos={1})
     assert ours.completion_ids == expected.completion_ids
     assert type(cached_model(policy, "policy")) is CachedModel
+    assert torch.cuda.current_stream() == torch.cuda.default_stream()
     assert torch.rand(3, device="cuda").isfinite().all()
     torch.manual_seed(1)
     RAMP.sample(3, policy, expert, PROMPTS * 4, length=12, eos={1})  # and the other one goes on with graphs

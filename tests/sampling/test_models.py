@@ -44,6 +44,12 @@ def test_caches_that_cannot_forget(architecture, role):
     for kind in ("stepwise", "coin"):
         rollout = RAMP.sample(kind, *models, PROMPTS * 3, length=LENGTH, eos={1})
         assert_recorded(rollout, *models, PROMPTS * 3, RAMP)
+    for rarely in (Guidance("constant", max_weight=0.15), Guidance("hard_gate", threshold=1.2, max_weight=0.3)):
+        for prompt in (
+            PROMPTS
+        ):  # the expert has several tokens to read at a time; with a gate, it is not asked about all of them
+            rollout = rarely.sample("coin", *models, [prompt], length=LENGTH)
+            assert_recorded(rollout, *models, [prompt], rarely)
     message = rf"The {role} \(\w+For\w+\) has sliding-window or recurrent layers.*Use guided_sampler='coin'"
     with pytest.raises(ValueError, match=message):
         SpeculativeSampler(*models)

@@ -1,11 +1,12 @@
 """The expert's side of a rollout in which rows go their own pace: the rows that wait for a token, and when the expert is asked for them."""
 
 from collections.abc import Sequence
-from concurrent.futures import Future, ThreadPoolExecutor
+from concurrent.futures import Future
 from dataclasses import dataclass
 from typing import Protocol, runtime_checkable
 
 from trl_selective.engines.reading import ReadingExpert
+from trl_selective.experts.daemon_pool import DaemonPool
 from trl_selective.sampling import RemoteExpert
 from trl_selective.sampling.remote import SEEDS
 
@@ -49,9 +50,6 @@ class Asking(Protocol):
             patient: there is nothing else to do than to wait.
         """
 
-    def close(self) -> None:
-        """Nothing more will be asked."""
-
 
 class AskingHere:
     """A local expert. It reads at once for as many rows as wait, and waits itself until these are some."""
@@ -71,15 +69,13 @@ class AskingHere:
         rows = [question.row for question in asked]
         return list(zip(rows, self.expert.draw(rows, [q.text for q in asked], [q.seed for q in asked]), strict=True))
 
-    def close(self) -> None: ...
-
 
 class AskingThere:
     """An expert that is not in this process. It is asked in the background, for all rows that wait whenever it has answered for the last ones."""
 
     def __init__(self, expert: RemoteExpert, temperature: float):
         self.expert, self.temperature, self.waiting = expert, temperature, list[Question]()
-        self._pool = ThreadPoolExecutor(1, thread_name_prefix="ask-expert")
+        self._pool = DaemonPool(1, "ask-expert")
         self._asked: tuple[list[int], Future[list[int]]] | None = None
 
     @property
@@ -98,6 +94,3 @@ class AskingThere:
             future = self._pool.submit(self.expert.draw, texts, seeds, self.temperature)
             self._asked = [q.row for q in asked], future
         return answered
-
-    def close(self) -> None:
-        self._pool.shutdown(wait=False, cancel_futures=True)

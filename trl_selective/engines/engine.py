@@ -4,13 +4,14 @@ Many requests are in flight. What was written before is in the engine's prefix c
 """
 
 from collections.abc import Collection, Iterator, Sequence
-from concurrent.futures import FIRST_COMPLETED, Future, ThreadPoolExecutor, wait
+from concurrent.futures import FIRST_COMPLETED, Future, wait
 from dataclasses import dataclass
 from typing import Any, Protocol, runtime_checkable
 
 from packaging.version import Version
 
 from trl_selective.engines.coin import Coin
+from trl_selective.experts.daemon_pool import DaemonPool
 from trl_selective.experts.endpoint import endpoint_client, failure_reason
 
 CLASS = "trl_selective.engines.processor:CoinLogitsProcessor"
@@ -158,7 +159,7 @@ class ServedEngine:
     def __init__(self, url: str, concurrency: int = 256):
         self.url = url
         self._client = endpoint_client(f"{url.rstrip('/')}/v1", timeout=3600.0, max_retries=2)
-        self._pool = ThreadPoolExecutor(concurrency, thread_name_prefix="policy-server")
+        self._pool = DaemonPool(concurrency, "policy-server")
         self._flight: dict[Future, int] = {}
         served = self._ask(self._client.models.list).data
         self._model: str = served[0].id if served else ""

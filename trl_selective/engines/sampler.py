@@ -184,7 +184,6 @@ class Writing:
                     self._go_on(number)
         finally:
             self.engine.abort()
-            self.asking.close()
 
     def _go_on(self, number: int) -> None:
         """Let the policy write on, unless the row is done."""

@@ -9,7 +9,7 @@ from trl_selective.experts.local_source import LocalSource
 from trl_selective.experts.patient_endpoint import ExpertServerError
 from trl_selective.experts.scoring import completion_laws, completion_logps, evaluation_mode
 from trl_selective.experts.server import ExpertServer, connect_expert
-from trl_selective.experts.shared import load_adapter_tokenizer, share_base
+from trl_selective.experts.shared import load_adapter_tokenizer, share_base, with_own_forwards
 from trl_selective.experts.sources import Completion, Sampling, Source
 
 __all__ = [
@@ -36,4 +36,5 @@ __all__ = [
     "load_expert_tokenizer",
     "on_device",
     "share_base",
+    "with_own_forwards",
 ]

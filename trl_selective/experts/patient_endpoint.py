@@ -6,10 +6,11 @@ The library's own retries are counted, and do not know how long that takes.
 import random
 import time
 from collections.abc import Callable, Sequence
-from concurrent.futures import FIRST_EXCEPTION, ThreadPoolExecutor, wait
+from concurrent.futures import FIRST_EXCEPTION, wait
 from threading import Event
 from typing import Any
 
+from trl_selective.experts.daemon_pool import DaemonPool
 from trl_selective.experts.endpoint import endpoint_client, failure_reason
 
 REQUEST_TIMEOUT, LAST_TIMEOUT = 60.0, 0.1  # seconds for an answer; and just before patience ends
@@ -44,7 +45,7 @@ class PatientEndpoint:
         self.url, self.who, self.patience = url, who, patience
         self.client = endpoint_client(url, timeout=REQUEST_TIMEOUT, max_retries=0)
         self.is_known = False
-        self._pool = ThreadPoolExecutor(concurrency, thread_name_prefix="expert-server")
+        self._pool = DaemonPool(concurrency, "expert-server")
         self._jitter = random.Random()  # its own: the global one belongs to training
 
     def ask_all(self, questions: Sequence[Callable[[float], Any]]) -> list:

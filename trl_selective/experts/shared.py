@@ -9,9 +9,12 @@ import copy
 import itertools
 import os
 import warnings
+from typing import TypeVar
 
 from peft import PeftConfig, PeftModel
 from transformers import AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
+
+Model = TypeVar("Model", bound=PreTrainedModel | PeftModel)
 
 # LoRA's initialisations that take from the base weights what they give to the adapter.
 MOVES_BASE = ("pissa", "olora", "corda", "loftq", "lora_ga")
@@ -57,11 +60,19 @@ def load_adapter_tokenizer(
 def _with_same_tensors(policy: PeftModel) -> PeftModel:
     """A copy of the modules around the same parameters and buffers."""
     tensors = itertools.chain(policy.parameters(), policy.buffers())
-    twin = copy.deepcopy(policy, {id(tensor): tensor for tensor in tensors})
-    for module in twin.modules():
-        if not hasattr(module, "_hf_hook"):  # accelerate's, which places tensors
-            module.__dict__.pop("forward", None)  # TRL's fused head, whose closure still refers to the trained model
-    return twin
+    return with_own_forwards(copy.deepcopy(policy, {id(tensor): tensor for tensor in tensors}))
+
+
+def with_own_forwards(model: Model) -> Model:
+    """The copy of a model that is trained, in place, with the forwards of its classes: those that TRL puts there refer to the trained model. The
+    head goes on to compute in its own precision, which TRL can raise (`cast_lm_head_to_fp32`)."""
+    head = model.get_output_embeddings()
+    for module in model.modules():
+        if hasattr(module, "_hf_hook"):  # accelerate's, which places tensors
+            continue
+        if module.__dict__.pop("forward", None) is not None and module is head:
+            module.register_forward_pre_hook(lambda module, args: (args[0].to(module.weight.dtype), *args[1:]))
+    return model
 
 
 def _put_on(base: PreTrainedModel, adapter: str | os.PathLike, revision: str | None) -> PeftModel:

@@ -19,8 +19,8 @@ class CoinSampler(GuidedSampler):
     """Draws from pi_mix by flipping a coin for every token: heads with probability w, then the expert draws it, else the policy does.
 
     By total probability the token has the law (1 - w) pi_theta + w pi*. Since w depends on the policy alone, the expert is needed only where
-    a coin shows heads. It then reads, in one forward, what was written since it was last asked. No token is ever taken back, so that any cache
-    will do; and the policy reads every token once.
+    a coin shows heads. It then reads, in one forward (token by token if it has recurrent layers), what was written since it was last asked. No
+    token is ever taken back, so that any cache will do; and the policy reads every token once.
 
     All rows keep step: one row's coin makes the expert read for all. It is asked in a share 1 - (1 - w)^rows of the steps, and once more where
     a row ends, since log pi_mix of the tokens of the policy needs its probabilities too; at the latest after `MAX_BACKLOG` tokens.

@@ -12,12 +12,15 @@ import functools
 import sys
 import threading
 import warnings
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from typing import Any
 from weakref import WeakKeyDictionary, WeakSet
 
 import torch
 from jaxtyping import Int
 from torch import Tensor, nn
+from transformers import PretrainedConfig
 
 from trl_selective.sampling.grouped_attention import grouped_attention
 from trl_selective.sampling.kv import OPTIONAL_ARGUMENTS, CachedModel, can_forget_tokens, optional_arguments
@@ -39,7 +42,8 @@ def cached_model(model: nn.Module, name: str) -> CachedModel:
 
 def has_static_forward(model: nn.Module) -> bool:
     """Whether a forward of a few tokens can be made to depend on nothing but tensors: full attention by PyTorch's kernels, with a mask that
-    Transformers' `create_causal_mask` takes as it is, on one device, with weights that are not quantised."""
+    Transformers' `create_causal_mask` takes as it is, positions that do not depend on the longest row, on one device, with weights that are not
+    quantised."""
     base = getattr(model, "get_base_model", lambda: model)()
     module = sys.modules[type(base).__module__]
     return (
@@ -47,9 +51,18 @@ def has_static_forward(model: nn.Module) -> bool:
         and optional_arguments(model) == OPTIONAL_ARGUMENTS
         and hasattr(module, "create_causal_mask")
         and getattr(model.config, "_attn_implementation", None) == "sdpa"
+        and not getattr(model.config, "alibi", False)  # which is made from a mask of two dimensions
+        and not rope_types(model.config) & {"dynamic", "longrope"}
         and len(set(getattr(base, "hf_device_map", {}).values())) <= 1
         and not getattr(base, "is_quantized", False)
     )
+
+
+def rope_types(config: PretrainedConfig) -> set[str | None]:
+    """The kinds of rotary embedding in a model's layers."""
+    parameters = getattr(config, "rope_parameters", None) or {}
+    by_layer_type = [value for value in parameters.values() if isinstance(value, dict)]
+    return {each.get("rope_type") for each in [parameters, *by_layer_type]}
 
 
 class GraphedModel(CachedModel):
@@ -77,7 +90,7 @@ class GraphedModel(CachedModel):
             self._drop_static()
             for layer in self.cache.layers:
                 layer.reserve(num_needed)
-            self._static = StaticForward(self.model, self.cache, self.name)
+            self._static = StaticForward(self.model, self.cache, self.name, self.fixed)
         static = self._static
         self.num_prepared += not static.is_ready(width)
         every = static.read(token_ids, attention_mask, position_ids, width, is_aside)
@@ -119,6 +132,15 @@ def stream_of(name: str, device: torch.device, thread: int) -> torch.cuda.Stream
     return torch.cuda.Stream(device)
 
 
+@contextmanager
+def going_back_to(stream: torch.cuda.Stream) -> Iterator[None]:
+    """Make this the current stream in the end: a capture that fails leaves its own."""
+    try:
+        yield
+    finally:
+        torch.cuda.set_stream(stream)
+
+
 class StaticForward:
     """Inputs at fixed addresses, and the forwards that read them, for as long as the cache keeps its rows and its room.
 
@@ -130,8 +152,8 @@ class StaticForward:
         num_wasted: blocks read while half of the rows or more were dead.
     """
 
-    def __init__(self, model: nn.Module, cache, name: str):
-        self.model, self.layers, self.cache, self.name = model, cache.layers, cache, name
+    def __init__(self, model: nn.Module, cache, name: str, fixed: dict[str, Any]):
+        self.model, self.layers, self.cache, self.name, self._fixed = model, cache.layers, cache, name, fixed
         states = cache.layers[0].keys
         self.num_rows, self.length, self.num_columns = states.shape[0], states.shape[2], cache.layers[0].room
         self.live: Tensor | None = None
@@ -172,7 +194,7 @@ class StaticForward:
         if width in self._graphs:
             graph, logits = self._graphs[width]
             if is_aside and self._stream is not None:
-                self._stream.wait_stream(torch.cuda.current_stream())
+                self._stream.wait_stream(torch.cuda.current_stream(self._stream.device))
                 with torch.cuda.stream(self._stream):
                     graph.replay()
             else:
@@ -183,7 +205,7 @@ class StaticForward:
     def join(self) -> None:
         """What comes next on the device waits for what was read aside."""
         if self._stream is not None:
-            torch.cuda.current_stream().wait_stream(self._stream)
+            torch.cuda.current_stream(self._stream.device).wait_stream(self._stream)
 
     def is_ready(self, width: int) -> bool:
         """Whether a read of this width takes no longer than the next one will."""
@@ -204,8 +226,9 @@ class StaticForward:
     def _prepare(self, width: int) -> Tensor:
         """The first time, read plainly, so that what is made on first use is made, by other rollouts as well; then capture that and replay it. A
         model that waits for the device within its forward cannot be captured."""
-        stream, current = self._stream, torch.cuda.current_stream()
+        stream = self._stream
         assert stream is not None
+        current = torch.cuda.current_stream(stream.device)
         stream.wait_stream(current)
         shape = self.name, self.num_rows, self.num_columns, width
         if shape not in (warm := _WARM.setdefault(self.model, set())):
@@ -217,7 +240,11 @@ class StaticForward:
             return logits
         graph = torch.cuda.CUDAGraph()
         try:
-            with torch.cuda.graph(graph, pool=self._pool, stream=stream, capture_error_mode="thread_local"):
+            with (
+                torch.cuda.device(stream.device),
+                going_back_to(current),
+                torch.cuda.graph(graph, pool=self._pool, stream=stream, capture_error_mode="thread_local"),
+            ):
                 logits = self._forward(width)
         except RuntimeError as error:
             _UNCAPTURABLE.add(self.model)
@@ -246,6 +273,7 @@ class StaticForward:
                     past_key_values=self.cache,
                     use_cache=True,
                     logits_to_keep=width,
+                    **self._fixed,
                 )
         finally:
             for layer in self.layers:

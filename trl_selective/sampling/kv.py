@@ -6,14 +6,14 @@ cache is repacked: the text of every row is moved to the right, as if it had bee
 """
 
 import inspect
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import torch
 from jaxtyping import Float, Int
 from torch import Tensor, nn
 from transformers import DynamicCache, PretrainedConfig
-from transformers.cache_utils import DynamicLayer
+from transformers.cache_utils import DynamicLayer, DynamicSlidingWindowLayer
 
 ROOM = 256  # columns that a cache grows by, or by a quarter of its own, if that is more
 STEP = 64  # of which room is a multiple: kernels read rows whose ends are aligned, and there are fewer shapes
@@ -33,12 +33,32 @@ def can_forget_tokens(config: PretrainedConfig) -> bool:
     )
 
 
+def loses_its_state(config: PretrainedConfig) -> bool:
+    """Whether the model may start anew at a block of several tokens that goes on from a cache, as several with recurrent layers do, some only in
+    older versions of Transformers. Single tokens are what they were made for."""
+    of_attention = (DynamicLayer, DynamicSlidingWindowLayer)
+    return not all(type(layer) in of_attention for layer in DynamicCache(config=config).layers)
+
+
 def optional_arguments(model: nn.Module) -> set[str]:
-    """Which of `OPTIONAL_ARGUMENTS` the model takes, seen through PEFT and compilation. A wrapper that hides its model takes all."""
-    model = getattr(model, "get_base_model", lambda: model)()
-    parameters = inspect.signature(getattr(model, "_orig_mod", model).forward).parameters
+    """Which of `OPTIONAL_ARGUMENTS` the model takes. A wrapper that hides its model takes all."""
+    parameters = _parameters(model)
     is_opaque = all(p.kind in (p.VAR_POSITIONAL, p.VAR_KEYWORD) for p in parameters.values())
     return OPTIONAL_ARGUMENTS if is_opaque else OPTIONAL_ARGUMENTS & parameters.keys()
+
+
+def fixed_arguments(model: nn.Module) -> dict[str, Any]:
+    """What a forward is told beside its block: that no load of experts (MoE) has to be balanced, which cannot be done behind a cache."""
+    name, parameters = "output_router_logits", _parameters(model)
+    is_taken = name in parameters or any(p.kind is p.VAR_KEYWORD for p in parameters.values())
+    config: PretrainedConfig = model.config
+    return {name: False} if is_taken and hasattr(config.get_text_config(), name) else {}
+
+
+def _parameters(model: nn.Module) -> Mapping[str, inspect.Parameter]:
+    """Of the model's forward, seen through PEFT and compilation."""
+    model = getattr(model, "get_base_model", lambda: model)()
+    return inspect.signature(getattr(model, "_orig_mod", model).forward).parameters
 
 
 class RoomyLayer(DynamicLayer):
@@ -96,13 +116,13 @@ class RoomyLayer(DynamicLayer):
         """Keep these rows, in this order."""
         if self.get_seq_length() == 0:
             return
-        self._buffers = [buffer.index_select(0, beam_idx) for buffer in self._buffers]
+        self._buffers = [buffer.index_select(0, beam_idx.to(buffer.device)) for buffer in self._buffers]
         self.show(self.keys.shape[2])
 
     def keep_columns(self, columns: Int[Tensor, "rows kept"]) -> None:
         """Keep, for each row, these columns, in this order, where the text was."""
         num_kept = columns.shape[1]
-        index = columns[:, None, :, None]
+        index = columns[:, None, :, None].to(self.keys.device)
         for buffer in self._buffers:
             buffer[:, :, :num_kept] = buffer.gather(2, index.expand(-1, buffer.shape[1], -1, buffer.shape[3]))
         self.show(num_kept)
@@ -125,7 +145,8 @@ class CachedModel:
         if self.can_forget:
             self.cache = DynamicCache(config=model.config)
             self.cache.layers = [RoomyLayer() for _ in self.cache.layers]
-        self.accepted = optional_arguments(model)
+        self.accepted, self.fixed = optional_arguments(model), fixed_arguments(model)
+        self._reads_singly = loses_its_state(model.config)
 
     def read(
         self,
@@ -135,12 +156,25 @@ class CachedModel:
         num_logits: int,
     ) -> Float[Tensor, "rows num_logits vocab"]:
         """Append `token_ids` to the cache and return the logits of the last `num_logits` of them. The mask covers cache and new tokens."""
+        num_new, num_columns = token_ids.shape[1], attention_mask.shape[1]
+        if self._reads_singly and 1 < num_new < num_columns:
+            logits = [
+                self.read(
+                    token_ids[:, at : at + 1],
+                    attention_mask[:, : num_columns - num_new + at + 1],
+                    position_ids[:, at : at + 1],
+                    num_logits=1,
+                )
+                for at in range(num_new)
+            ]
+            return torch.cat(logits[-num_logits:], dim=1)
         optional = {"position_ids": position_ids, "logits_to_keep": num_logits}
         output = self.model(
             input_ids=token_ids,
             attention_mask=attention_mask,
             past_key_values=self.cache,
             use_cache=True,
+            **self.fixed,
             **{key: value for key, value in optional.items() if key in self.accepted},
         )
         self.cache = getattr(output, "past_key_values", None)
@@ -166,7 +200,8 @@ class CachedModel:
 
     def keep_rows(self, rows: Int[Tensor, "kept"]) -> None:
         """Drop all other rows from the cache."""
-        self.cache.reorder_cache(rows)
+        if self.cache is not None:
+            self.cache.reorder_cache(rows)
 
     def keep_columns(self, columns: Int[Tensor, "rows kept"]) -> None:
         """Keep, for each row, these columns of the cache, in this order."""
