@@ -22,6 +22,7 @@ PARTS = [
     "grading",
     "grading_pool",
     "resuming",
+    "intervals",
     "sampling",
     "experts",
     "engines",

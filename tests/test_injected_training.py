@@ -444,17 +444,12 @@ def test_the_clip_never_acts_on_injected_rows(tmp_path):
     assert not any(logged(trainer, "clip_ratio/high_mean"))
 
 
-def test_truncated_completions_are_masked_like_any_other(tmp_path):
-    """Cut off at 5 tokens they have no end token, and with mask_truncated_completions they weigh nothing."""
+def test_completions_that_are_cut_count_in_full(tmp_path):
     changes = {"max_completion_length": 5, "overlong_expert_completions": "truncate", "injection_trigger": "always",
                "train_dataset": with_completions(["R 1 D 7 R 8"]), "injection_advantage": "group", "max_steps": 1}  # fmt: skip
     trainer = trained(tmp_path / "a", **changes)
     (output,) = trainer.outputs
     assert output["completion_mask"][output["is_injected"]].all()
-    masked = trained(tmp_path / "b", **changes, mask_truncated_completions=True)
-    (output,) = masked.outputs
-    assert output["is_injected"].any()
-    assert not output["completion_mask"][output["is_injected"]].any()
     assert logged(trainer, "guidance/injection/overlong") == [1.0]
 
 
@@ -581,7 +576,7 @@ def test_only_what_is_chosen_is_scored_again_and_columns_stay_with_their_rows(tm
 
     trainer = trained(tmp_path, reward_funcs=reward, max_steps=1, log_completions=True, max_injected_per_batch=3,
                       expert_sources_column="expert_sources")  # fmt: skip
-    assert calls == [16, 3]
+    assert calls == [16, 4]  # the last one was one too many
     table = trainer._logs["extra"]
     assert list(table["words"]) == [len(text.split()) for text in trainer._logs["completion"]]
     assert sum(table["injected"]) == 3

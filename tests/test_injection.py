@@ -173,7 +173,7 @@ def test_guided_rollouts_do_not_make_a_group_less_needy():
 def test_of_equally_needy_groups_any_may_come_first():
     injector, counts = make_injector(per_batch=1), Counter()
     for _ in range(300):
-        (choice,) = inject(injector, make_batch([FAILED] * 3)).choices
+        (choice,) = inject(injector, make_batch([FAILED] * 3)).injected
         counts[choice.group] += 1
     assert all(70 < counts[group] < 130 for group in range(3))  # 100 each, 4 standard deviations are 33
 
@@ -333,11 +333,13 @@ def test_the_largest_gain_is_found_by_scoring_all_once():
     assert injection.choices[0].rewards_per_func == pytest.approx([0.9])
 
 
-def test_groups_that_come_away_empty_are_not_scored():
-    batch = make_batch([[0.1] * 4, FAILED])
-    scorer = Scorer(batch)
-    make_injector(selector="reward_gain", per_batch=2, per_group=2).choose(batch, scorer, never)
-    assert [row for row, _ in scorer.calls[0][0]] == [4, 4, 4]
+@pytest.mark.parametrize("selector", ["reward_gain", "first"])
+def test_a_group_that_gets_nothing_leaves_its_share_to_the_next(selector):
+    """The neediest one has no completion that is better, the next one has."""
+    batch = make_batch([FAILED, [0.1] * 4, [0.2] * 4], expert=[["0"], ["9"], ["9"]])
+    injection = inject(make_injector(selector=selector, per_batch=1), batch)
+    assert [(choice.group, choice.row) for choice in injection.injected] == [(1, 7)]
+    assert injection.choices[-1].row is None  # the batch has enough
 
 
 def test_a_fallback_takes_over_where_nothing_is_better():

@@ -16,7 +16,7 @@ TRAINER_STATE = "trainer_state.json"
 
 
 def damage(checkpoint: Path) -> str | None:
-    """What keeps a checkpoint from being resumed from; None if it is whole. Only the ends of its files are read."""
+    """What keeps a checkpoint from being resumed from; None if it is whole. Of its tensors only the heads of files are read."""
     state = checkpoint / TRAINER_STATE
     if not state.is_file():
         return f"{TRAINER_STATE} is missing"

@@ -117,7 +117,7 @@ def check_prompts(dataset: Any, tokenizer: PreTrainedTokenizerBase, has_chat_tem
     Raises:
         ValueError: naming the row and what is wrong with it.
     """
-    if not isinstance(dataset, Dataset):
+    if not isinstance(dataset, Dataset) or columns_of(dataset) is None:
         return
     if not len(dataset) or "prompt" not in dataset.column_names:
         raise ValueError(
@@ -144,13 +144,19 @@ def _prompt_problem(prompt: Any, tokenizer: PreTrainedTokenizerBase, has_chat_te
     return None
 
 
+def columns_of(dataset: Any) -> list[str] | None:
+    """The columns of a dataset; None where only its rows know, those of a stream or of a transform (`with_transform`)."""
+    is_made_on_demand = isinstance(dataset, Dataset) and dataset.format["type"] == "custom"
+    return None if is_made_on_demand else getattr(dataset, "column_names", None)
+
+
 def check_columns(dataset: Any, columns: list[str]) -> None:
     """Refuse a dataset that lacks a column of expert completions. One that does not say what it has is left to the first batch.
 
     Raises:
         ValueError: naming the column.
     """
-    there = getattr(dataset, "column_names", None)
+    there = columns_of(dataset)
     missing = [name for name in columns if name not in there] if there else []
     if missing:
         raise ValueError(

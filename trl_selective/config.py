@@ -3,7 +3,7 @@
 import math
 import sys
 import warnings
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, fields
 from numbers import Integral, Real
 from typing import Any
 from urllib.parse import SplitResult, urlsplit
@@ -73,16 +73,8 @@ AT_LEAST = {
 }
 FRACTIONS = ("guidance_weight_max", "injection_probability")
 POSITIVE = ("expert_model_server_patience", "reward_range", "importance_ratio_max", "shaping_gamma")
-WHOLE = (
-    "num_guided_generations",
-    "draft_length",
-    "max_draft_length",
-    "num_injected_completions",
-    "max_injected_per_batch",
-)
 MAY_BE_INFINITE = ("guidance_steps", "importance_ratio_max")
 COLUMNS = ("expert_completions_column", "expert_logprobs_column", "expert_sources_column")
-SWITCHES = ("expert_model_offload", "expert_model_shares_base", "first_token_from_expert")
 
 
 def _option(help: str, **kwargs) -> Any:
@@ -277,7 +269,7 @@ class SelectiveGuidanceGRPOConfig(GRPOConfig):
     )
 
     guidance_weighting: str | None = _option(
-        "How the expert's share follows from the policy's entropy (default entropy).", choices=sorted(WEIGHTINGS)
+        "How the expert's share follows from the policy's entropy (default entropy).", choices=list(WEIGHTINGS)
     )
     guidance_weight_max: float | None = _option("Upper bound of the expert's share (default 1.0).")
     entropy_quantile: float | None = _option(
@@ -368,6 +360,7 @@ class SelectiveGuidanceGRPOConfig(GRPOConfig):
         if self.num_injected_completions:
             self._check_injection()
         self._warn_without_effect(explicit)
+        self._warn_unbounded()
 
     def __getstate__(self) -> dict[str, Any]:
         """Copies and pickles carry no key: the trainer saves the arguments beside the model, and pushes that folder to the Hub."""
@@ -417,21 +410,10 @@ class SelectiveGuidanceGRPOConfig(GRPOConfig):
                 raise ValueError(f"{name} must be positive, got {value:g}.")
 
     def _check_names(self) -> None:
-        choices = {
-            "guidance_weighting": WEIGHTINGS,
-            "guidance_schedule": SCHEDULES,
-            "guided_importance_correction": CORRECTIONS,
-            "guided_sampler": SAMPLERS,
-            "mixture_policy": MIXTURE_POLICIES,
-            "overlong_expert_completions": OVERLONG,
-            "injection_probability_schedule": SCHEDULES,
-            "injection_replaces": REPLACEABLE,
-            "injection_advantage": INJECTION_ADVANTAGES,
-            "injection_correction": INJECTION_CORRECTIONS,
-        }
-        for name, allowed in choices.items():
-            if getattr(self, name) not in list(allowed):  # a dict would ask for a hash
-                raise ValueError(f"{name} must be one of {list(allowed)}, got {getattr(self, name)!r}.")
+        for option in fields(self):
+            allowed = option.metadata.get("choices") if option.name in GUIDANCE_FIELDS else None
+            if allowed is not None and getattr(self, option.name) not in list(allowed):
+                raise ValueError(f"{option.name} must be one of {list(allowed)}, got {getattr(self, option.name)!r}.")
         for name in ("injection_trigger", "injection_selector"):
             if not isinstance(getattr(self, name), str):
                 raise ValueError(f"{name} must be a name, got {getattr(self, name)!r}. Objects go to the trainer.")
@@ -611,55 +593,96 @@ class SelectiveGuidanceGRPOConfig(GRPOConfig):
                 f"importance_sampling_level='sequence' has one ratio per completion, but injection_correction={self.injection_correction!r} "
                 f"weighs single tokens. Use 'sequence_{self.injection_correction}' or 'none', or importance_sampling_level='token'."
             )
+        if self.overlong_expert_completions == "truncate" and self.mask_truncated_completions:
+            raise ValueError(
+                "overlong_expert_completions='truncate' cuts expert completions, and mask_truncated_completions=True masks all that were cut: they "
+                "would take the place of rollouts and teach nothing. Use 'drop', or set mask_truncated_completions=False."
+            )
         if self.remove_unused_columns:
             raise ValueError(
                 f"remove_unused_columns=True drops the column {self.expert_completions_column!r}. Set it to False, TRL's default."
             )
 
     def _warn_without_effect(self, explicit: set[str]) -> None:
-        """A setting without effect in the chosen mode is named once. One that says the default anyway is not worth a word."""
-        explicit = {name for name in explicit if getattr(self, name) != DEFAULTS.get(name)}
+        """Name the settings of the user that do nothing in the chosen mode, once and with the first reason that applies, which covers the others.
+        One that says the default anyway is not worth a word."""
+        changed = {name for name in explicit if getattr(self, name) != DEFAULTS.get(name)}
+        for reason, applies, names in self._idle_settings():
+            if applies and (without_effect := sorted(changed & names)):
+                warnings.warn(f"{', '.join(without_effect)} set, but without effect with {reason}.", stacklevel=4)
+                return
+
+    def _idle_settings(self) -> list[tuple[str, bool, set[str] | frozenset[str]]]:
+        """A reason, whether it applies, and the settings that do nothing then."""
         guided, injected = self.num_guided_generations > 0, self.num_injected_completions > 0
+        of_guidance = GUIDANCE_FIELDS - INJECTION_FIELDS - {"num_guided_generations"}
         shared = {"guidance_coef", "guidance_schedule", "guidance_steps", "importance_ratio_max"}
         shared |= {"reward_range", "correctness_reward"}
-        idle = {
-            "num_guided_generations=0": not guided
-            and not injected
-            and GUIDANCE_FIELDS - INJECTION_FIELDS - {"num_guided_generations"},
-            "num_guided_generations=0 (injection does not use it)": injected
-            and not guided
-            and GUIDANCE_FIELDS - INJECTION_FIELDS - EXPERT_FIELDS - shared - {"num_guided_generations"},
-            "num_injected_completions=0": not injected and INJECTION_FIELDS - {"num_injected_completions"},
-            f"guidance_coef={self.guidance_coef:g} and guidance_steps={self.guidance_steps:g}, where alpha is 0 at every step": not (
-                self.guidance_coef_schedule(self.max_steps if self.max_steps > 0 else sys.maxsize)(0)
-            )
-            and GUIDANCE_FIELDS - {"guidance_coef", "guidance_steps"},
-            "guidance_weighting='constant'": self.guidance_weighting == "constant"
-            and {"entropy_quantile", "entropy_threshold_init", "entropy_threshold_floor"},
-            f"injection_correction={self.injection_correction!r}, which takes no ratio": injected
-            and self.injection_correction not in TRUNCATED
-            and {"expert_logprobs_column", *(() if guided else ("importance_ratio_max",))},
-            "guided_importance_correction='none'": self.guided_importance_correction == "none"
-            and not (injected and self.injection_correction in TRUNCATED)
-            and {"importance_ratio_max"},
-            f"guided_sampler={self.guided_sampler!r}": self.guided_sampler in ("coin", "stepwise")
-            and {"draft_length", "max_draft_length"},
-            "no expert_model_server_url": self.expert_model_server_url is None and {"expert_model_server_patience"},
-            "use_vllm=True, which takes no drafts": self.use_vllm and {"draft_length", "max_draft_length"},
-            "an expert behind a server, which takes no drafts": self.expert_model_server_url is not None
-            and {"draft_length", "max_draft_length"},
-            f"draft_length={self.draft_length}": self.draft_length is not None and {"max_draft_length"},
-            f"injection_correction={self.injection_correction!r}": "policy_shaping" not in self.injection_correction
-            and {"shaping_gamma"},
-            f"injection_trigger={self.injection_trigger!r}": {
-                *({"injection_threshold"} if "below" not in self.injection_trigger else ()),
-                *(PROBABILITY_FIELDS if "with_probability" not in self.injection_trigger else ()),
-            },
+        drafts = {"draft_length", "max_draft_length"}
+        coef, steps, correction = self.guidance_coef, self.guidance_steps, self.injection_correction
+        first_alpha = self.guidance_coef_schedule(self.max_steps if self.max_steps > 0 else sys.maxsize)(0)
+        takes_ratio = injected and correction in TRUNCATED
+        by_server = self.expert_model_server_url is not None
+        trigger = self.injection_trigger
+        of_trigger = {
+            *({"injection_threshold"} if "below" not in trigger else ()),
+            *(PROBABILITY_FIELDS if "with_probability" not in trigger else ()),
         }
-        for reason, names in idle.items():
-            if names and (without_effect := sorted(explicit & names)):
-                warnings.warn(f"{', '.join(without_effect)} set, but without effect with {reason}.", stacklevel=4)
-                break  # the first reason covers the others
+        return [
+            ("num_guided_generations=0", not guided and not injected, of_guidance),
+            (
+                "num_guided_generations=0 (injection does not use it)",
+                injected and not guided,
+                of_guidance - EXPERT_FIELDS - shared,
+            ),
+            ("num_injected_completions=0", not injected, INJECTION_FIELDS - {"num_injected_completions"}),
+            (
+                f"guidance_coef={coef:g} and guidance_steps={steps:g}, where alpha is 0 at every step",
+                first_alpha == 0,
+                GUIDANCE_FIELDS - {"guidance_coef", "guidance_steps"},
+            ),
+            (
+                "guidance_weighting='constant'",
+                self.guidance_weighting == "constant",
+                {"entropy_quantile", "entropy_threshold_init", "entropy_threshold_floor"},
+            ),
+            (
+                f"injection_correction={correction!r}, which takes no ratio",
+                injected and not takes_ratio,
+                {"expert_logprobs_column", *(() if guided else ("importance_ratio_max",))},
+            ),
+            (
+                "guided_importance_correction='none'",
+                self.guided_importance_correction == "none" and not takes_ratio,
+                {"importance_ratio_max"},
+            ),
+            (f"guided_sampler={self.guided_sampler!r}", self.guided_sampler in ("coin", "stepwise"), drafts),
+            ("no expert_model_server_url", not by_server, {"expert_model_server_patience"}),
+            ("use_vllm=True, which takes no drafts", self.use_vllm, drafts),
+            ("an expert behind a server, which takes no drafts", by_server, drafts),
+            (f"draft_length={self.draft_length}", self.draft_length is not None, {"max_draft_length"}),
+            (f"injection_correction={correction!r}", "policy_shaping" not in correction, {"shaping_gamma"}),
+            (f"injection_trigger={trigger!r}", True, of_trigger),
+        ]
+
+    def _warn_unbounded(self) -> None:
+        """A correction that asks for a bound, and has none."""
+        guided, injected = self.guided_importance_correction, self.injection_correction
+        is_bounded = guided == "token_truncate" and self.guidance_weight_max < 1  # by 1 / (1 - w_max)
+        used = {
+            "guided_importance_correction": (
+                guided,
+                self.num_guided_generations and guided != "none" and not is_bounded,
+            ),
+            "injection_correction": (injected, self.num_injected_completions and injected in TRUNCATED),
+        }
+        for name, (correction, is_used) in used.items():
+            if is_used and math.isinf(self.importance_ratio_max):
+                warnings.warn(
+                    f"{name}={correction!r} with importance_ratio_max=inf masks and truncates nothing: single tokens may have weights of any size. "
+                    "Set importance_ratio_max, such as 10.0.",
+                    stacklevel=4,
+                )
 
     def guidance_coef_schedule(self, max_steps: int) -> Schedule:
         """alpha as a function of the optimizer step, for a run of `max_steps` steps."""
@@ -679,6 +702,8 @@ class SelectiveGuidanceGRPOConfig(GRPOConfig):
 
 
 GUIDANCE_FIELDS = frozenset(SelectiveGuidanceGRPOConfig.__annotations__) - {"preset"}
+WHOLE = frozenset(name for name, kind in SelectiveGuidanceGRPOConfig.__annotations__.items() if kind == int | None)
+SWITCHES = tuple(name for name, kind in SelectiveGuidanceGRPOConfig.__annotations__.items() if kind == bool | None)
 EXPERT_FIELDS = frozenset(name for name in GUIDANCE_FIELDS if name.startswith("expert_model"))
 PROBABILITY_FIELDS = frozenset({"injection_probability", "injection_probability_schedule"})
 INJECTION_FIELDS = (

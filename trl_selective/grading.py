@@ -73,7 +73,7 @@ def check_rewards(
     )
     if not is_list:
         raise ValueError(
-            f"The reward function {name!r} returned {_preview(rewards)} of type {type(rewards).__name__} for {len(completions)} completions. "
+            f"The reward function {name!r} returned {preview(rewards)} of type {type(rewards).__name__} for {len(completions)} completions. "
             "Have it return a list with a number for each, None where it does not apply."
         )
     rewards = list(rewards)
@@ -85,8 +85,8 @@ def check_rewards(
     for number, reward in enumerate(rewards):
         if reward is not None and not _is_finite(reward):
             raise ValueError(
-                f"The reward function {name!r} returned {_preview(reward)} for completion {number} of {len(completions)}, "
-                f"{_preview(completions[number])}. Have it return a finite number, or None where it does not apply."
+                f"The reward function {name!r} returned {preview(reward)} for completion {number} of {len(completions)}, "
+                f"{preview(completions[number])}. Have it return a finite number, or None where it does not apply."
             )
     return [None if reward is None else float(reward) for reward in rewards]
 
@@ -129,7 +129,7 @@ def _is_finite(reward: Any) -> bool:
         return False
 
 
-def _preview(value: Any) -> str:
+def preview(value: Any) -> str:
     text = repr(value)
     return text if len(text) <= PREVIEW else f"{text[:PREVIEW]}..."
 

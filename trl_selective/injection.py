@@ -106,7 +106,7 @@ class Choice:
         selector, score: which selector had the say, and what it gave.
         line, predicted: features and prediction, where a selector learns.
         rewards_per_func: what each reward function gave, NaN for None.
-        row: the row of all rows of all processes whose place it takes; None if it was no better than the group and stays out.
+        row: the row of all rows of all processes whose place it takes; None if it stays out: it was no better than the group, or the batch had enough.
     """
 
     group: int
@@ -201,25 +201,24 @@ class Injector:
         )
         completions, survey = self._survey(batch, self.trigger(outcomes).tolist())
         verdicts = self._judge(survey.prompts, batch.success_rates, outcomes.is_scored.tolist())
-        allotted = self._allot(outcomes, survey.num_candidates)
+        wanted = [min(self.per_group, number) for number in survey.num_candidates]
         candidates = {
             group: self._candidates(batch, group, found, survey.prompts[group], streams[group])
             for group, found in completions.items()
-            if allotted[group]
+            if wanted[group]
         }
-        if self.selector.needs_logps and any(allotted):
+        if self.selector.needs_logps and any(wanted):
             self._add_logps(batch, candidates, policy_logps)
         for found in candidates.values() if self.selector.learners() else ():
             found.features = features(found)
 
-        everything = zip(survey.num_candidates, allotted, strict=True)
-        to_score = [n if share else 0 for n, share in everything] if self.selector.needs_gains else allotted
+        to_score = survey.num_candidates if self.selector.needs_gains else wanted
         size = len(batch.own_groups)
         num_rows = max(sum(to_score[start : start + size]) for start in range(0, len(to_score), size))
         choices: list[Choice] = []
         if num_rows:
-            choices = self._pick(batch, candidates, allotted, lambda pairs: score(pairs, num_rows))
-            choices = self.gather(self._place(batch, choices))
+            choices = self._pick(batch, candidates, wanted, lambda pairs: score(pairs, num_rows))
+            choices = self._capped(self.gather(self._place(batch, choices)), outcomes)
         self._remember(choices, survey.prompts, batch.success_rates)
         self.num_batches += 1
         return Injection(
@@ -265,18 +264,6 @@ class Injector:
                     learner.model.update(line, verdict.predicted, verdict.change)
         return verdicts
 
-    def _allot(self, outcomes: GroupOutcomes, num_candidates: list[int]) -> list[int]:
-        """How many completions each group gets, under both caps."""
-        wanted = [min(self.per_group, number) for number in num_candidates]
-        if self.per_batch is None:
-            return wanted
-        need = list(zip(outcomes.rewards.nanmean(dim=1).tolist(), outcomes.noise.tolist(), strict=True))
-        allotted, left = [0] * len(wanted), self.per_batch
-        for group in sorted((group for group, number in enumerate(wanted) if number), key=need.__getitem__):
-            allotted[group] = min(wanted[group], left)
-            left -= allotted[group]
-        return allotted
-
     def _candidates(
         self,
         batch: SampledBatch,
@@ -312,22 +299,22 @@ class Injector:
         self,
         batch: SampledBatch,
         candidates: dict[int, Candidates],
-        allotted: list[int],
+        wanted: list[int],
         score: Callable[[list[tuple[int, ExpertCompletion]]], Float[Tensor, "completions funcs"]],
     ) -> list[Choice]:
         """The choices of this process's groups with their rewards. Every candidate is scored if the selector asks for it, else what is chosen."""
-        gain_of: dict[tuple[int, int], list[float]] = {}
+        rewards_of: dict[tuple[int, int], list[float]] = {}
         if self.selector.needs_gains:
             every = [(group, index) for group, found in candidates.items() for index in range(len(found))]
             rewards = score([(batch.first_row(group), candidates[group].completions[index]) for group, index in every])
-            gain_of = dict(zip(every, rewards.tolist(), strict=True))
+            rewards_of = dict(zip(every, rewards.tolist(), strict=True))
             for group, found in candidates.items():
-                given = torch.tensor([gain_of[group, index] for index in range(len(found))])
+                given = torch.tensor([rewards_of[group, index] for index in range(len(found))])
                 found.gains = (total_reward(given, self.reward_weights) - batch.own_means[group]).tolist()
 
         picked, choices = [], []
         for group, found in candidates.items():
-            for pick in choose(self.selector, found, allotted[group]):
+            for pick in choose(self.selector, found, wanted[group]):
                 picked.append((group, pick.index))
                 line, predicted = self._prediction(found, pick.index)
                 choices.append(
@@ -335,9 +322,9 @@ class Injector:
                 )
         if not self.selector.needs_gains:
             rewards = score([(batch.first_row(choice.group), choice.completion) for choice in choices])
-            gain_of = dict(zip(picked, rewards.tolist(), strict=True))
+            rewards_of = dict(zip(picked, rewards.tolist(), strict=True))
         return [
-            replace(choice, rewards_per_func=gain_of[which]) for choice, which in zip(choices, picked, strict=True)
+            replace(choice, rewards_per_func=rewards_of[which]) for choice, which in zip(choices, picked, strict=True)
         ]
 
     def _prediction(self, found: Candidates, index: int) -> tuple[list[float] | None, float | None]:
@@ -361,6 +348,13 @@ class Injector:
                 row = choice.group * batch.num_generations + spare[choice.group].pop(0)
             placed.append(replace(choice, row=row))
         return placed
+
+    def _capped(self, choices: list[Choice], outcomes: GroupOutcomes) -> list[Choice]:
+        """The choices of all processes, of which no more than a batch may have come in: those of the neediest groups."""
+        need = list(zip(outcomes.rewards.nanmean(dim=1).tolist(), outcomes.noise.tolist(), strict=True))
+        placed = [number for number, choice in enumerate(choices) if choice.row is not None]
+        first = set(sorted(placed, key=lambda number: need[choices[number].group])[: self.per_batch])
+        return [choice if number in first else replace(choice, row=None) for number, choice in enumerate(choices)]
 
     def _spare_slots(self, batch: SampledBatch, group: int) -> list[int]:
         """The slots of a group in the order in which they make room."""

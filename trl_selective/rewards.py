@@ -24,7 +24,7 @@ def boxed_accuracy_reward(
 
     Args:
         completions: texts, or conversations whose last message is the answer.
-        solution: the reference of each, as LaTeX, plain expression or number, with or without `\boxed{}` around it.
+        solution: the right answer to each, as LaTeX, plain expression or number, with or without `\boxed{}` around it.
 
     Returns:
         One reward per completion; None where the solution is missing or cannot be parsed, so that TRL leaves the row out.
@@ -43,8 +43,8 @@ def boxed_accuracy_reward(
         parsing_timeout=5 if in_main_thread else None,
     )
     rewards: list[float | None] = []
-    for completion, reference in zip(completions, solution, strict=True):
-        gold = [] if reference is None else read(last_boxed(str(reference)) or f"{BOXED}{reference}}}")
+    for completion, right in zip(completions, solution, strict=True):
+        gold = [] if right is None else read(last_boxed(str(right)) or f"{BOXED}{right}}}")
         answer = last_boxed(answer_text(completion))
         if not gold:
             rewards.append(None)

@@ -39,6 +39,7 @@ from trl_selective.checks import (
     check_prompts,
     check_scored,
     check_shared_base,
+    columns_of,
     range_problem,
     refuse_update,
     unit_problem,
@@ -260,7 +261,7 @@ class SelectiveGuidanceGRPOTrainer(GRPOTrainer):
                 self.train_dataset, self._tokenizer, bool(self.chat_template or self._tokenizer.chat_template)
             )
         column = getattr(self.args, "expert_completions_column", None)
-        if not self.num_injected_completions and column in (getattr(self.train_dataset, "column_names", None) or ()):
+        if not self.num_injected_completions and column in (columns_of(self.train_dataset) or ()):
             warnings.warn(
                 f"train_dataset has the column {column!r}, but without effect: num_injected_completions is 0.",
                 stacklevel=3,
@@ -381,7 +382,7 @@ class SelectiveGuidanceGRPOTrainer(GRPOTrainer):
             render=self._render,
         )
         check_columns(self.train_dataset, reader.columns)
-        if isinstance(self.train_dataset, Dataset):
+        if isinstance(self.train_dataset, Dataset) and columns_of(self.train_dataset):
             reader.check(self.train_dataset.select_columns(["prompt", *reader.columns]))
 
         def probability(step: float) -> float:
@@ -520,7 +521,7 @@ class SelectiveGuidanceGRPOTrainer(GRPOTrainer):
 
     @contextmanager
     def whole_policy(self) -> Iterator[PreTrainedModel]:
-        """The policy in the mode and with the weights that TRL samples it, all of them on every process, however it is sharded: a forward in here
+        """The policy in the mode and with the weights with which TRL samples it, all of them on every process, however it is sharded: a forward in here
         waits for no other process, but all processes enter and leave together. For callbacks, too."""
         options = {"gather_deepspeed3_params": self.args.ds3_gather_for_generation}
         if "gradient_checkpointing_kwargs" in inspect.signature(unwrap_model_for_generation).parameters:  # TRL >= 1.16
@@ -617,6 +618,11 @@ class SelectiveGuidanceGRPOTrainer(GRPOTrainer):
                     for column, values in self._pending_extra_logs.items()
                     if len(values) == num_rows
                 }
+        except Exception as error:
+            error.add_note(
+                f"It was given {num_rows} expert completions of any groups: a function that compares the rollouts of a group cannot score them."
+            )
+            raise
         finally:
             self._pending_extra_logs, self._pending_metrics = pending
         return rewards[self.accelerator.process_index * num_rows :][: len(pairs)].cpu()

@@ -6,9 +6,9 @@ import datasets
 import torch
 from task import FILLER
 from tasks import Problem, Task
-from torch.nn.utils.rnn import pad_sequence
 
 from trl_selective.evaluation import evaluate
+from trl_selective.experts import completion_laws, evaluation_mode
 from trl_selective.functional.mixed_policy import entropy
 
 
@@ -77,26 +77,15 @@ def greedy(model, tokenizer, task: Task, problems: list[Problem]) -> float:
     return result.pass_at_k[1]
 
 
-@torch.no_grad()
-def mean_entropy(model, tokenizer, prompts: list[str], answers: list[str], batch_size: int = 512) -> float:
+def mean_entropy(model, tokenizer, prompts: list[str], answers: list[str]) -> float:
     """Mean entropy (nats) of the model's distribution of each token of the answers, their end included."""
-    was_training = model.training
-    model.eval()
-    total, count = 0.0, 0
-    for first in range(0, len(prompts), batch_size):
-        part = slice(first, first + batch_size)
-        heads = [tokenizer(prompt)["input_ids"] for prompt in prompts[part]]
-        rows = [
-            torch.tensor(head + tokenizer(answer)["input_ids"])
-            for head, answer in zip(heads, answers[part], strict=True)
-        ]
-        ids = pad_sequence(rows, batch_first=True, padding_value=tokenizer.pad_token_id).to(model.device)
-        mask = pad_sequence([torch.ones_like(row) for row in rows], batch_first=True).to(model.device)
-        entropies = entropy(model(ids, attention_mask=mask).logits.float().softmax(-1))
-        position = torch.arange(ids.size(1), device=ids.device)
-        begin = torch.tensor([len(head) for head in heads], device=ids.device) - 1  # predicts the first answer token
-        answered = (position >= begin.unsqueeze(1)) & (mask == 1)
-        total += entropies[answered].sum().item()
-        count += int(answered.sum())
-    model.train(was_training)
-    return total / count
+    completion_ids = [[*ids, tokenizer.eos_token_id] for ids in tokenizer(answers)["input_ids"]]
+    with evaluation_mode(model):
+        laws = completion_laws(
+            model,
+            tokenizer(prompts)["input_ids"],
+            completion_ids,
+            lambda logits, _: entropy(logits.float().softmax(-1)),
+            batch_size=512,
+        )
+    return torch.cat(laws).mean().item()

@@ -11,6 +11,8 @@ from costs import costs, periods
 from intervals import Arm, Estimate, comparisons, distinct, success, whole
 from pictures import plot_costs, plot_curves, plot_habits, plot_pass_at_k
 
+from trl_selective.reporting.markdown import table
+
 SHOWN = ("grpo", "sft", "luffy", "mentor", "hard_gate", "random_positions", "selected")  # in pictures
 MEASURES = {
     "pass@1": success(1),
@@ -115,7 +117,7 @@ def main_table(arms: dict[str, Arm], models: dict[str, Arm]) -> str:
     }
     rows = [[show(arm) for show in columns.values()] + [""] * len(of_runs) for arm in models.values()]
     rows += [[show(arm) for show in (columns | of_runs).values()] for arm in arms.values()]
-    return _markdown([*columns, *of_runs], rows)
+    return table([*columns, *of_runs], rows)
 
 
 def contrast_table(arms: dict[str, Arm], contrasts: list[dict[str, str]]) -> str:
@@ -132,9 +134,7 @@ def contrast_table(arms: dict[str, Arm], contrasts: list[dict[str, str]]) -> str
         if each["arm"] in arms and each["minus"] in arms
     ]
     return (
-        _markdown(["question", "difference", "pass@1, points", "pass@64, points", "distinct of 64"], rows)
-        if rows
-        else ""
+        table(["question", "difference", "pass@1, points", "pass@64, points", "distinct of 64"], rows) if rows else ""
     )
 
 
@@ -142,7 +142,7 @@ def cost_table(spent: dict[str, dict[str, Estimate]]) -> str:
     """One line per arm: means with 95 % intervals; nothing where nothing was measured."""
     measures = list(dict.fromkeys(measure for found in spent.values() for measure in found))
     rows = [[name, *(_cost(measure, found.get(measure)) for measure in measures)] for name, found in spent.items()]
-    return _markdown(["", *measures], rows)
+    return table(["", *measures], rows)
 
 
 def _cost(measure: str, estimate: Estimate | None) -> str:
@@ -165,10 +165,6 @@ def _minus(arm: Arm, other: Arm | None, value: Callable) -> str:
     ):
         return ""
     return arm.minus(other, value).text(100, sign="+")
-
-
-def _markdown(header: list[str], rows: list[list[str]]) -> str:
-    return "\n".join(f"| {' | '.join(line)} |" for line in [header, ["---"] * len(header), *rows])
 
 
 def write_csv(arms: dict[str, Arm], spent: dict[str, dict[str, Estimate]], path: Path) -> None:

@@ -107,6 +107,16 @@ def are_all_too_long(folder: Path) -> None:
     assert trainer.state.log_history[0]["guidance/injection/rows"] == 0.0
 
 
+def are_made_on_demand(folder: Path) -> None:
+    def transform(batch: dict[str, list]) -> dict[str, list]:
+        return {"prompt": batch["question"], "expert_completions": [["R 1"]] * len(batch["question"])}
+
+    data = Dataset.from_list(ROWS).rename_column("prompt", "question").remove_columns("expert_completions")
+    trainer = make(folder, INJECTED, data.with_transform(transform), injection_trigger="always")
+    trainer.train()
+    assert trainer.state.log_history[0]["guidance/injection/trigger/always"] == 1.0
+
+
 def are_missing_here_and_there(folder: Path) -> None:
     trainer = make(
         folder,
@@ -159,6 +169,7 @@ SECTIONS = {
             Warned("some longer than `max_completion_length`", lambda folder: make(folder, INJECTED, rows({}, {"expert_completions": ["R 1 " * 20, "R 1"]}), injection_trigger="always").train(), "Of … expert completions read for a batch, … had more than max_completion_length=26 tokens, and were dropped. Raise it, or set overlong_expert_completions='truncate'."),
             Warned("all longer than `max_completion_length`", are_all_too_long, "Of … expert completions read for a batch, … had more than max_completion_length=26 tokens, and were dropped. Raise it, or set overlong_expert_completions='truncate'."),
             Warned("a column that nothing uses", lambda folder: make(folder, GUIDED, rows({})), "train_dataset has the column 'expert_completions', but without effect: num_injected_completions is 0."),
+            Handled("made by a transform (`with_transform`)", are_made_on_demand, "Rows are looked at as they come, as those of a stream."),
             of_stream("an empty text in a stream", {"expert_completions": [""]}, "The row with the prompt '…', completion 0 in 'expert_completions' is '', which has no text: there is nothing to learn from it. Leave it out."),
             of_stream("a number in a stream", {"expert_completions": 3}, "The row with the prompt '…' has 3 of type int in 'expert_completions', expected a list of texts or of conversations, which may be empty, or None."),
         ],

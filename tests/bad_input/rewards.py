@@ -136,6 +136,14 @@ def breaks_as_a_model(folder: Path) -> None:
 # ---- Functions that leave rows out ---------------------------------------------------------------------------------------------------------
 
 
+def compares_a_group(folder: Path) -> None:
+    def my_reward(completions, **kwargs):
+        lengths = torch.tensor([float(len(text)) for text in completions]).view(-1, 8)
+        return (lengths > lengths.mean(dim=1, keepdim=True)).float().flatten().tolist()
+
+    train(folder, my_reward)
+
+
 def leaves_all_out(folder: Path) -> None:
     trainer = train(folder, returning(lambda completions: [None] * len(completions)))
     start = make_trainer(folder, settings=RUN, train_dataset=expert_dataset(8)).model.state_dict()
@@ -240,6 +248,9 @@ SECTIONS = {
                    "All rollouts of a batch count as correct, since their total rewards (… to …) exceed half of reward_range: no group has failed, and none "
                    "can be rescued. If that is not so, set correctness_reward to that of ['length_reward', 'my_reward', 'my_reward'] which tells right from "
                    "wrong."),
+            Error("one that compares the rollouts of a group, beside injection", compares_a_group,
+                  "shape '[-1, 8]' is invalid for input of size …\nIt was raised by the reward function 'my_reward'.\nIt was given … expert completions of any "
+                  f"groups: a function that compares the rollouts of a group cannot score them.\n{ANEW}", RuntimeError),
             Warned("`None` for all completions", leaves_all_out,
                    "…All reward functions returned None for the following kwargs:\n…\nPlease ensure that at least one reward function returns a valid reward."),
             handled("`None` for some", "Those rows are left out: no advantage, no part of the baseline.",

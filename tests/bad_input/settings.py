@@ -123,6 +123,7 @@ OF_INJECTION: Rows = [
     ({"max_completion_length": None}, "Guidance needs a bound on lengths, got max_completion_length=None. Set it to the longest completion, in tokens."),
     ({"multi_objective_aggregation": "normalize_then_sum"}, "multi_objective_aggregation='normalize_then_sum' normalises each reward over all rollouts, which has no counterpart for guided ones. Use 'sum_then_normalize'."),
     ({"num_guided_generations": 2, "top_p": 0.9}, "Guided rollouts are drawn from the full distribution, got top_p=0.9: guided and on-policy rollouts would follow different policies, and importance ratios would be wrong. Leave these at their defaults and use `temperature`."),
+    ({"overlong_expert_completions": "truncate", "mask_truncated_completions": True}, "overlong_expert_completions='truncate' cuts expert completions, and mask_truncated_completions=True masks all that were cut: they would take the place of rollouts and teach nothing. Use 'drop', or set mask_truncated_completions=False."),
     ({"correctness_reward": 3}, "correctness_reward must be the name of a reward function, got 3."),
     ({"expert_logprobs_column": 3}, "expert_logprobs_column must be the name of a column, got 3."),
     ({"temperature": -1.0}, "temperature must be positive and finite, got -1: rollouts of a group would all be the same, or none at all. Set it to 1.0, TRL's default."),
@@ -161,6 +162,7 @@ IDLE_OF_GUIDANCE: Rows = [
     ({"guidance_coef": 0.0}, "num_guided_generations set, but without effect with guidance_coef=0 and guidance_steps=0.6, where alpha is 0 at every step."),
     ({"guidance_steps": 0}, "num_guided_generations set, but without effect with guidance_coef=1 and guidance_steps=0, where alpha is 0 at every step."),
     ({"guidance_steps": 0.1, "max_steps": 3}, "num_guided_generations set, but without effect with guidance_coef=1 and guidance_steps=0.1, where alpha is 0 at every step."),
+    ({"use_vllm": True, "max_draft_length": 4}, "max_draft_length set, but without effect with use_vllm=True, which takes no drafts."),
     ({"expert_model_server_patience": 5.0}, "expert_model_server_patience set, but without effect with no expert_model_server_url."),
     ({"expert_model_server_url": "http://localhost:8000/v1", "draft_length": 4}, "draft_length set, but without effect with an expert behind a server, which takes no drafts."),
     ({"num_guided_generations": 0, "expert_model_server_url": "http://localhost:8000/v1"}, "expert_model_server_url set, but without effect with num_guided_generations=0."),
@@ -180,6 +182,14 @@ IDLE_OF_INJECTION: Rows = [
     ({"injection_trigger": "always", "injection_probability": 0.5}, "injection_probability set, but without effect with injection_trigger='always'."),
     ({"injection_trigger": "below", "injection_threshold": 0.5, "injection_probability_schedule": "linear"}, "injection_probability_schedule set, but without effect with injection_trigger='below'."),
     ({"guidance_coef": 0.0}, "num_injected_completions set, but without effect with guidance_coef=0 and guidance_steps=0.6, where alpha is 0 at every step."),
+]  # fmt: skip
+
+UNBOUNDED_GUIDANCE: Rows = [
+    ({"guided_importance_correction": "token_mask"}, "guided_importance_correction='token_mask' with importance_ratio_max=inf masks and truncates nothing: single tokens may have weights of any size. Set importance_ratio_max, such as 10.0."),
+]  # fmt: skip
+
+UNBOUNDED_INJECTION: Rows = [
+    ({"injection_correction": "truncated"}, "injection_correction='truncated' with importance_ratio_max=inf masks and truncates nothing: single tokens may have weights of any size. Set importance_ratio_max, such as 10.0."),
 ]  # fmt: skip
 
 
@@ -227,6 +237,8 @@ SECTIONS = {
                 "Set entropy_threshold_init, raise guidance_steps, or train for longer.",
             ),
             *cases(Warned, INJECTED, IDLE_OF_INJECTION),
+            *cases(Warned, GUIDED, UNBOUNDED_GUIDANCE),
+            *cases(Warned, INJECTED, UNBOUNDED_INJECTION),
         ],
     ),
 }

@@ -2,7 +2,8 @@
 
 import pytest
 
-from trl_selective.reporting.inputs import markdown, named_paths, read_json, read_lines
+from trl_selective.reporting.inputs import named_paths, read_json, read_lines
+from trl_selective.reporting.markdown import padded_table
 
 
 def test_paths_are_called_by_what_tells_them_apart(tmp_path):
@@ -50,10 +51,10 @@ def test_lines_end_where_json_lines_do(tmp_path):
 
 
 def test_markdown():
-    assert markdown(["", "pass@1"], [["a", "1.0"], ["long", "10.0"]]).splitlines() == [
+    assert padded_table(["", "pass@1"], [["a", "1.0"], ["long", "10.0"]]).splitlines() == [
         "|      | pass@1 |",
         "| ---- | -----: |",
         "| a    |    1.0 |",
         "| long |   10.0 |",
     ]
-    assert markdown(["word"], [["|"]]).splitlines()[-1] == "| \\|   |"
+    assert padded_table(["word"], [["|"]]).splitlines()[-1] == "| \\|   |"

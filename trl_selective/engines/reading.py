@@ -85,8 +85,7 @@ class ReadingExpert:
     def _keep(self, places: list[int]) -> None:
         index = torch.tensor(places, device=self.device)
         self.context.keep_rows(index)
-        if self.context.mask.shape[1]:
-            self.model.keep_rows(index)
+        self.model.keep_rows(index)
 
 
 def check_reader(expert: nn.Module) -> None:

@@ -4,10 +4,10 @@ from trl_selective.evaluation.backends import Backend, TransformersBackend, Vllm
 from trl_selective.evaluation.benchmarks import BENCHMARKS, Benchmark, as_problem
 from trl_selective.evaluation.callback import PassAtKCallback
 from trl_selective.evaluation.in_memory import Evaluation, evaluate
-from trl_selective.evaluation.intervals import Estimate, bootstrap
 from trl_selective.evaluation.protocol import SamplingProtocol
 from trl_selective.evaluation.results import summarize, table
 from trl_selective.evaluation.to_file import evaluate_to_file
+from trl_selective.intervals import Estimate, bootstrap
 
 __all__ = [
     "BENCHMARKS",

@@ -11,6 +11,7 @@ from torch import Tensor
 from tqdm.auto import tqdm
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
+from trl_selective.experts import evaluation_mode
 from trl_selective.functional.diversity import pass_at_k
 from trl_selective.grading import grade
 from trl_selective.sampling.unguided import encode_prompt, end_token_ids, sample_completions
@@ -95,29 +96,23 @@ def evaluate(
     completions: list[str] = []
     completion_ids: list[list[int]] = []
     rewards: list[float | None] = []
-    was_training = {module: module.training for module in model.modules()}
-    model.eval()
-    try:
-        devices = [] if model.device.type == "cpu" else [model.device]
-        with torch.random.fork_rng(devices, device_type=model.device.type):
-            torch.manual_seed(seed)
-            for start in tqdm(range(0, len(rows), batch_size), desc=description, disable=description is None):
-                batch = rows[start : start + batch_size]
-                token_ids = sample_completions(
-                    model,
-                    [encode_prompt(processing_class, prompt) for prompt in batch["prompt"]],
-                    max_completion_length=max_completion_length,
-                    eos_token_ids=end_token_ids(model, processing_class),
-                    pad_token_id=processing_class.pad_token_id,
-                    temperature=temperature,
-                )
-                texts = processing_class.batch_decode(token_ids, skip_special_tokens=True)
-                completions += texts
-                completion_ids += token_ids
-                rewards += grade(reward_func, batch, texts, token_ids)
-    finally:
-        for module, mode in was_training.items():
-            module.training = mode
+    devices = [] if model.device.type == "cpu" else [model.device]
+    with evaluation_mode(model), torch.random.fork_rng(devices, device_type=model.device.type):
+        torch.manual_seed(seed)
+        for start in tqdm(range(0, len(rows), batch_size), desc=description, disable=description is None):
+            batch = rows[start : start + batch_size]
+            token_ids = sample_completions(
+                model,
+                [encode_prompt(processing_class, prompt) for prompt in batch["prompt"]],
+                max_completion_length=max_completion_length,
+                eos_token_ids=end_token_ids(model, processing_class),
+                pad_token_id=processing_class.pad_token_id,
+                temperature=temperature,
+            )
+            texts = processing_class.batch_decode(token_ids, skip_special_tokens=True)
+            completions += texts
+            completion_ids += token_ids
+            rewards += grade(reward_func, batch, texts, token_ids)
 
     per_problem = [slice(start, start + num_samples) for start in range(0, len(rows), num_samples)]
     correct = [reward is not None and reward > correct_above for reward in rewards]

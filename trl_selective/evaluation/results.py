@@ -10,9 +10,9 @@ from typing import Any
 import numpy as np
 import torch
 
-from trl_selective.evaluation.intervals import Estimate, bootstrap
 from trl_selective.evaluation.protocol import SamplingProtocol
 from trl_selective.functional.diversity import pass_at_k
+from trl_selective.intervals import Estimate, bootstrap
 
 
 def summarize(path: str | os.PathLike, protocol: SamplingProtocol, ks: Sequence[int] | None = None) -> dict[str, Any]:

@@ -13,8 +13,9 @@ from typing import Any
 
 from transformers import PreTrainedTokenizerBase
 
+from trl_selective.grading import PREVIEW, preview
+
 OVERLONG = ("drop", "truncate")
-PREVIEW = 60  # characters of a text in a message
 
 
 class EmptyCompletionError(ValueError):
@@ -114,7 +115,7 @@ class CompletionReader:
         Raises:
             ValueError: if a row is malformed.
         """
-        names = names or [f"The row with the prompt {_preview(row['prompt'])}" for row in rows]
+        names = names or [f"The row with the prompt {preview(row['prompt'])}" for row in rows]
         texts = [self._texts(row, name) for row, name in zip(rows, names, strict=True)]
         token_ids = iter(self._tokenize([text for found in texts for text in found]))
         return [
@@ -172,7 +173,7 @@ class CompletionReader:
             value = [value]  # a single one
         if not isinstance(value, Sequence):
             raise ValueError(
-                f"{where} has {_preview(value)} of type {type(value).__name__} in {self.completions_column!r}, expected a list of "
+                f"{where} has {preview(value)} of type {type(value).__name__} in {self.completions_column!r}, expected a list of "
                 "texts or of conversations, which may be empty, or None."
             )
         kinds = set()
@@ -180,14 +181,14 @@ class CompletionReader:
             which = f"{where}, completion {number} in {self.completions_column!r}"
             if not isinstance(completion, str) and not _is_conversation(completion):
                 raise ValueError(
-                    f"{which} is {_preview(completion)} of type {type(completion).__name__}, expected a text or a conversation."
+                    f"{which} is {preview(completion)} of type {type(completion).__name__}, expected a text or a conversation."
                 )
             kinds.add(isinstance(completion, str))
             if not isinstance(completion, str):
                 self._check_conversation(row, completion, which)
             if self._is_blank(completion if isinstance(completion, str) else completion[0]["content"]):
                 raise EmptyCompletionError(
-                    f"{which} is {_preview(completion)}, which has no text: there is nothing to learn from it. Leave it out."
+                    f"{which} is {preview(completion)}, which has no text: there is nothing to learn from it. Leave it out."
                 )
         if len(kinds) > 1:
             raise ValueError(f"{where} has texts and conversations in {self.completions_column!r}, expected one kind.")
@@ -201,7 +202,7 @@ class CompletionReader:
         message = completion[0]
         if len(completion) != 1 or message.get("role") != "assistant" or not isinstance(message.get("content"), str):
             raise ValueError(
-                f"{which} is {_preview(completion)}, expected one message with the role 'assistant' and a text as its content."
+                f"{which} is {preview(completion)}, expected one message with the role 'assistant' and a text as its content."
             )
 
     @cached_property
@@ -243,7 +244,7 @@ class CompletionReader:
         # Some templates end the prompt with the first words of every answer, such as `<think>`.
         if "".join(content.split()) not in "".join(text[-len(content) - len(answer) :].split()):
             raise ValueError(
-                f"{which}: the chat template shows only {_preview(answer)} of {_preview(content)}; some templates leave thoughts out. "
+                f"{which}: the chat template shows only {preview(answer)} of {preview(content)}; some templates leave thoughts out. "
                 "Give the completion as a text: all that follows the prompt."
             )
         return answer
@@ -287,8 +288,3 @@ class CompletionReader:
 
 def _is_conversation(value: Any) -> bool:
     return isinstance(value, Sequence) and len(value) > 0 and all(isinstance(message, Mapping) for message in value)
-
-
-def _preview(value: Any) -> str:
-    text = repr(value)
-    return text if len(text) <= PREVIEW else f"{text[:PREVIEW]}..."

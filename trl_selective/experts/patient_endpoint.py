@@ -84,7 +84,8 @@ class PatientEndpoint:
             pause = min(2 * pause, LONGEST_PAUSE)
 
     def _may_pass(self, error: Exception) -> bool:
-        """Nobody there, or nonsense, is an error at once while it is not known that there is a server at all."""
+        """Whether it may help to ask again: after a timeout, a status of 500 or more, or one of `MAY_PASS`; once the server has given a good answer,
+        after other failures without a status, too. Before, these mean that the address is wrong."""
         from openai import APIStatusError, APITimeoutError
 
         if isinstance(error, APIStatusError):

@@ -1,4 +1,4 @@
-"""What does a token count whose sampling law was not the policy? Importance weights for guided tokens.
+"""What does a token count that the policy did not draw? Importance weights for guided tokens.
 
 A guided token is drawn from pi_mix (arXiv:2510.04140, Eq. 6), but GRPO's gradient is an expectation under pi_theta_old. The weight
 pi_theta_old / pi_mix corrects for it, per token or as a product over the sequence; truncation or masking buys variance with bias.

@@ -6,7 +6,8 @@ from pathlib import Path
 
 import numpy as np
 
-from trl_selective.reporting.inputs import NAMED, add_output, markdown, named_paths
+from trl_selective.reporting.inputs import NAMED, add_output, named_paths
+from trl_selective.reporting.markdown import padded_table
 from trl_selective.reporting.samples import EXPECTED, read_completions
 from trl_selective.reporting.word_plots import Role, Usage, plot_words
 from trl_selective.reporting.words import WordCounts, as_word, count_words, most_different
@@ -45,7 +46,7 @@ def table(usages: Sequence[Usage], words: Sequence[str], z: Mapping[str, float])
         + [f"{100 * counts.share(word):.1f} ({counts.per_thousand(word):.2f})" for _, counts in columns]
         for word in words
     ]
-    return markdown(["word", *(["z"] if z else []), *(name for name, _ in columns)], rows)
+    return padded_table(["word", *(["z"] if z else []), *(name for name, _ in columns)], rows)
 
 
 def _columns(usage: Usage) -> list[tuple[str, WordCounts]]:

@@ -8,6 +8,7 @@ from typing import Any
 
 from huggingface_hub import EvalResult
 
+from trl_selective.intervals import Estimate
 from trl_selective.reporting.markdown import table
 from trl_selective.reporting.names import hub_id
 
@@ -67,16 +68,13 @@ def evaluation_section(benchmarks: Benchmarks) -> str:
         dataset = hub_id(benchmark["dataset"])
         label = f"[{name}](https://huggingface.co/datasets/{dataset})" if dataset else name
         sizes = (f"{benchmark['num_problems']}", f"{benchmark['num_samples']}")
-        rows.append((label, *sizes, *(interval(benchmark["metrics"].get(metric)) for metric in metrics)))
+        found = [
+            Estimate(**values).text(100) if (values := benchmark["metrics"].get(metric)) else "" for metric in metrics
+        ]
+        rows.append((label, *sizes, *found))
     lines = ["## Evaluation", table(["benchmark", "problems", "samples each", *metrics], rows)]
     lines.append("In percent, with 95 % bootstrap intervals over problems." + settings_of(benchmarks))
     return "\n\n".join(lines)
-
-
-def interval(value: Mapping[str, float] | None) -> str:
-    return (
-        "" if value is None else "{:.1f} [{:.1f}, {:.1f}]".format(*(100 * value[k] for k in ("mean", "low", "high")))
-    )
 
 
 def settings_of(benchmarks: Benchmarks) -> str:

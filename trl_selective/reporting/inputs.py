@@ -68,18 +68,6 @@ def read_lines(path: Path) -> list[dict]:
     return rows
 
 
-def markdown(header: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
-    """A table; all columns but the first are numbers, to the right."""
-    header, *rows = [[cell.replace("|", "\\|") for cell in line] for line in (header, *rows)]
-    width = [max(map(len, column)) for column in zip(header, *rows, strict=True)]
-    lines = [
-        [line[0].ljust(width[0]), *(cell.rjust(each) for cell, each in zip(line[1:], width[1:], strict=True))]
-        for line in (header, *rows)
-    ]
-    rule = ["-" * width[0], *("-" * (each - 1) + ":" for each in width[1:])]
-    return "\n".join(f"| {' | '.join(line)} |" for line in [lines[0], rule, *lines[1:]])
-
-
 def _split(argument: str) -> tuple[str | None, str]:
     name, equals, path = argument.partition("=")
     return (name, path) if name and equals else (None, argument)

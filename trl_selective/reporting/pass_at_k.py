@@ -3,7 +3,8 @@
 import argparse
 from pathlib import Path
 
-from trl_selective.reporting.inputs import NAMED, add_output, markdown, named_paths, read_json, read_lines
+from trl_selective.reporting.inputs import NAMED, add_output, named_paths, read_json, read_lines
+from trl_selective.reporting.markdown import padded_table
 from trl_selective.reporting.pass_at_k_plots import Curve, draw_pass_at_k, pass_at_k_curve
 
 RESULTS = "results.json"
@@ -75,7 +76,7 @@ def table(curves: dict[str, dict[str, Curve]]) -> str:
         for benchmark, panel in curves.items()
         for model, each in panel.items()
     ]
-    return markdown(["%", *(f"pass@{k}" for k in ks)], rows)
+    return padded_table(["%", *(f"pass@{k}" for k in ks)], rows)
 
 
 def _cell(each: Curve, k: int) -> str:

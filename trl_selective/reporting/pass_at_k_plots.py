@@ -7,8 +7,8 @@ from typing import NamedTuple
 import numpy as np
 import torch
 
-from trl_selective.evaluation import bootstrap
 from trl_selective.functional.diversity import pass_at_k
+from trl_selective.intervals import bootstrap
 from trl_selective.reporting.style import colours, label_panel, legend_above, picture
 
 

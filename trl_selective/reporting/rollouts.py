@@ -1,4 +1,4 @@
-"""The record of rollouts on disk: which token who drew, and what came of it. One file per logged step, one row per rollout.
+"""The record of rollouts on disk: who drew which token, and what came of it. One file per logged step, one row per rollout.
 
 `output_dir/rollouts/rollouts_<step>.parquet` holds the generation batch behind the metrics of that step, of all processes. Columns:
 
@@ -30,13 +30,6 @@ from trl_selective.rollout import GuidedRollout
 
 FOLDER = "rollouts"
 FILE_NAME = re.compile(r"rollouts_(\d{5,})\.parquet")
-PER_TOKEN = {
-    "tokens": pa.list_(pa.string()),
-    "guidance_weights": pa.list_(pa.float32()),
-    "entropies": pa.list_(pa.float32()),
-    "expert_drawn": pa.list_(pa.bool_()),
-    "acceptance": pa.list_(pa.float32()),
-}
 COLUMNS = {
     "step": pa.int64(),
     "group": pa.int64(),
@@ -48,7 +41,11 @@ COLUMNS = {
     "advantage": pa.float64(),
     "entropy_threshold": pa.float64(),
     "guidance_coef": pa.float64(),
-    **PER_TOKEN,
+    "tokens": pa.list_(pa.string()),
+    "guidance_weights": pa.list_(pa.float32()),
+    "entropies": pa.list_(pa.float32()),
+    "expert_drawn": pa.list_(pa.bool_()),
+    "acceptance": pa.list_(pa.float32()),
     "source": pa.string(),
     "selector": pa.string(),
     "score": pa.float64(),

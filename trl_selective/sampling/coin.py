@@ -22,8 +22,13 @@ class CoinSampler(GuidedSampler):
     a coin shows heads. It then reads, in one forward (token by token if it has recurrent layers), what was written since it was last asked. No
     token is ever taken back, so that any cache will do; and the policy reads every token once.
 
-    All rows keep step: one row's coin makes the expert read for all. It is asked in a share 1 - (1 - w)^rows of the steps, and once more where
-    a row ends, since log pi_mix of the tokens of the policy needs its probabilities too; at the latest after `MAX_BACKLOG` tokens.
+    Terms, beside those of `GuidedSampler`:
+        heads: the coin gives this position to the expert.
+        owed: what is missing to log pi_mix of a token with w > 0 that the policy drew: the expert's probability of it.
+        due: a row that owes, and ends here or is `MAX_BACKLOG` tokens behind.
+
+    All rows keep step: one row that shows heads, or is due, makes the expert read for all. It is asked in a
+    share 1 - (1 - w)^rows of the steps, and once more where a row ends, since log pi_mix of the tokens of the policy needs its probabilities too; at the latest after `MAX_BACKLOG` tokens.
 
     `expert_drawn` follows the law that drafting would give it, as a share (1 - pi_theta / pi*)+ of the tokens that the expert drew.
     """

@@ -145,7 +145,7 @@ class CachedModel:
         if self.can_forget:
             self.cache = DynamicCache(config=model.config)
             self.cache.layers = [RoomyLayer() for _ in self.cache.layers]
-        self.accepted, self.fixed = optional_arguments(model), fixed_arguments(model)
+        self.takes, self.fixed = optional_arguments(model), fixed_arguments(model)
         self._reads_singly = loses_its_state(model.config)
 
     def read(
@@ -175,7 +175,7 @@ class CachedModel:
             past_key_values=self.cache,
             use_cache=True,
             **self.fixed,
-            **{key: value for key, value in optional.items() if key in self.accepted},
+            **{key: value for key, value in optional.items() if key in self.takes},
         )
         self.cache = getattr(output, "past_key_values", None)
         if self.cache is None or (self.can_forget and not self.cache.get_seq_length()):
@@ -193,8 +193,8 @@ class CachedModel:
         position_ids: Int[Tensor, "rows new"],
         num_logits: int,
     ) -> Callable[[], Float[Tensor, "rows num_logits vocab"]]:
-        """`read`, beside what the device is told to do next, where it can. The logits are had by a call, before which nothing must touch the
-        cache."""
+        """Start `read`, and return a function that gives its logits. On a GPU the forward may run beside whatever is queued next; elsewhere it
+        has already run. Nothing must touch the cache before that function is called."""
         logits = self.read(token_ids, attention_mask, position_ids, num_logits)
         return lambda: logits
 

@@ -156,7 +156,7 @@ class LiveRows:
     def _begin_by_expert(
         self, drafts: Int[Tensor, "live drafts"], num_logits: int
     ) -> Callable[[], Float[Tensor, "guided num_logits vocab"]]:
-        """`read_by_expert`, beside what the device is told to do next, where it can: the logits are had by a call (`CachedModel.begin`)."""
+        """Start `read_by_expert`, and return a function that gives its logits (`CachedModel.begin`)."""
         block = torch.cat([self.backlog, self.pending, drafts], dim=1)
         behind = self.backlog.shape[1]
         extended = self.context.extended(torch.ones_like(block[:, behind:]), behind)

@@ -14,12 +14,14 @@ MEMORY = 0.95  # how much of its past acceptance each round keeps
 
 @dataclass
 class Lookahead:
-    """Chooses the number of drafts of each round from the acceptance and the times of the rounds so far.
+    """Chooses how many tokens K the policy drafts in a round: as many as commit most tokens for the time, by the rounds so far.
 
-    What a round of K drafts yields, if each of them survives with probability s: 1 + s + ... + s^(K-1) tokens per row. What it costs: the time on
-    a straight line in K that is laid through the last rounds (by Theil and Sen: a few that other work on the machine disturbed do not move
-    it). Rows get apart, and the last ones are waited for: over L tokens by about one standard deviation of what L / mean rounds yield,
-    a share sqrt(variance / (mean L)) of the time. The K with most tokens for its cost is chosen.
+    Tokens: each draft survives with probability s, so that a round commits m(K) = 1 + s + ... + s^(K-1) tokens per row.
+    Seconds: a line a + b K through the last rounds, by the medians of Theil and Sen, which a few disturbed rounds do not move.
+    Waiting: a batch ends with its slowest row, which is about one standard deviation behind in the end: over L tokens a share
+    sqrt(v(K) / (m(K) L)) of the time, v(K) the variance of the tokens of one round.
+
+    The choice is the K with the largest m(K) / ((a + b K) (1 + sqrt(v(K) / (m(K) L)))).
 
     That a draft cannot be rejected is sometimes known at once: its acceptance number u is drawn with it, and one with u < 1 - w stands
     whatever the expert says (Eq. 7). To end each round by that was measured to gain nothing over lengths that are planned, which

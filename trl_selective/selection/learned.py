@@ -111,8 +111,8 @@ class GainModel:
         """Mean and covariance of the coefficients. The variance of an outcome is estimated from what the mean leaves unexplained."""
         inverse = torch.linalg.inv(self.precision)
         coefficients = inverse @ self.moment
-        residual = max(0.0, self.sum_of_squares - (self.moment @ coefficients).item())
-        return coefficients, inverse * (PRIOR_VARIANCE + residual) / (1 + self.num_outcomes)
+        unexplained = max(0.0, self.sum_of_squares - (self.moment @ coefficients).item())
+        return coefficients, inverse * (PRIOR_VARIANCE + unexplained) / (1 + self.num_outcomes)
 
     def update(self, line: Float[Tensor, "features"], predicted: float, change: float) -> None:
         """Learn from one outcome.

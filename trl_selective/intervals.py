@@ -1,6 +1,7 @@
 """How sure is a mean? Bootstrap intervals: what other problems of the kind, and other seeds, could have given."""
 
 from dataclasses import dataclass
+from functools import lru_cache
 
 import numpy as np
 
@@ -22,9 +23,7 @@ class Estimate:
 
 def bootstrap(values: np.ndarray) -> Estimate:
     """Of the mean of `values` (seeds x problems, NaN where a problem has no value), over both; NaN if none has."""
-    rng = np.random.default_rng(0)
-    seeds, problems = values.shape
-    weights = [rng.multinomial(size, np.full(size, 1 / size), DRAWS) for size in (seeds, problems)]
+    weights = _times_drawn(values.shape)
     known = ~np.isnan(values)
     if not known.any():
         return Estimate(np.nan, np.nan, np.nan)
@@ -32,3 +31,10 @@ def bootstrap(values: np.ndarray) -> Estimate:
     count = np.einsum("ds,sp,dp->d", weights[0], known.astype(float), weights[1], optimize=True)
     low, high = np.percentile(total[count > 0] / count[count > 0], [2.5, 97.5])
     return Estimate(float(np.nanmean(values)), float(low), float(high))
+
+
+@lru_cache(maxsize=2)
+def _times_drawn(shape: tuple[int, int]) -> list[np.ndarray]:
+    """How often each draw takes each seed, and each problem. The same for all values of one shape: drawing takes longer than all else."""
+    rng = np.random.default_rng(0)
+    return [rng.multinomial(size, np.full(size, 1 / size), DRAWS) for size in shape]
