@@ -144,7 +144,7 @@ def _prompt_problem(prompt: Any, tokenizer: PreTrainedTokenizerBase, has_chat_te
     return None
 
 
-def columns_of(dataset: Any) -> list[str] | None:
+def columns_of(dataset: Any) -> list | None:
     """The columns of a dataset; None where only its rows know, those of a stream or of a transform (`with_transform`)."""
     is_made_on_demand = isinstance(dataset, Dataset) and dataset.format["type"] == "custom"
     return None if is_made_on_demand else getattr(dataset, "column_names", None)
