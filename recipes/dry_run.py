@@ -20,7 +20,7 @@ from trl import ModelConfig, get_peft_config
 
 from trl_selective import SelectiveGuidanceGRPOConfig
 from trl_selective.checks import check_columns
-from trl_selective.config import GUIDANCE_FIELDS, TRUNCATED
+from trl_selective.config import TRUNCATED
 from trl_selective.memory import (
     GIB,
     Estimate,
@@ -71,7 +71,7 @@ def dry_run(arguments: RecipeArguments, args: SelectiveGuidanceGRPOConfig, model
         f"alpha: {alpha(args)}",
         f"rewards: {', '.join(arguments.reward_funcs)}, weights {args.reward_weights or 'all 1'}",
         f"data: {data(arguments, args, rewards)}",
-        *memory(args, model, num_processes),
+        *memory(args, model, num_processes, arguments.memory_gib or device_gib()),
     ]
     return "\n".join(parts)
 
@@ -90,8 +90,10 @@ def check_rewards(arguments: RecipeArguments, args: SelectiveGuidanceGRPOConfig)
 
 
 def settings(args: SelectiveGuidanceGRPOConfig) -> str:
-    """The guidance settings as they came out of preset and defaults."""
-    return ", ".join(f"{name}={getattr(args, name)!r}" for name in ("preset", *sorted(GUIDANCE_FIELDS)))
+    """The guidance settings that are in effect, as they came out of preset and defaults."""
+    if args.preset is not None:
+        return args.preset_in_words()
+    return ", ".join(f"{name}={value!r}" for name, value in args.in_effect().items())
 
 
 def batches(args: SelectiveGuidanceGRPOConfig, num_processes: int) -> str:
@@ -202,14 +204,12 @@ def find_config(name: str) -> tuple[PreTrainedConfig, str]:
         ) from error
 
 
-def plan(args: SelectiveGuidanceGRPOConfig, model: ModelConfig) -> Run:
-    """One process of the run, for the estimate."""
+def plan(args: SelectiveGuidanceGRPOConfig, model: ModelConfig, gib: float) -> Run:
+    """One process of the run, for the estimate, on a device with this much memory."""
     config, _ = find_config(model.model_name_or_path)
     policy, adapter = model_size(config), get_peft_config(model)
     weight_bytes = DTYPE_BYTES[model.dtype or "float32"]
-    engine = (
-        args.vllm_gpu_memory_utilization * device_gib() * GIB if args.use_vllm and args.vllm_mode == "colocate" else 0
-    )
+    engine = args.vllm_gpu_memory_utilization * gib * GIB if args.use_vllm and args.vllm_mode == "colocate" else 0
     needs_expert = args.num_guided_generations or (
         args.num_injected_completions and args.injection_correction in TRUNCATED
     )
@@ -242,9 +242,9 @@ def device_gib() -> float:
     return torch.cuda.mem_get_info()[1] / GIB if torch.cuda.is_available() else DEVICE_GIB
 
 
-def memory(args: SelectiveGuidanceGRPOConfig, model: ModelConfig, num_processes: int) -> list[str]:
+def memory(args: SelectiveGuidanceGRPOConfig, model: ModelConfig, num_processes: int, gib: float) -> list[str]:
     """The estimate as lines of a table, without sharding and with it."""
-    run = plan(args, model)
+    run = plan(args, model, gib)
     runs = {"no sharding": run}
     if num_processes > 1:
         runs[f"ZeRO-2 x {num_processes}"] = replace(run, num_shards=num_processes)
@@ -255,7 +255,7 @@ def memory(args: SelectiveGuidanceGRPOConfig, model: ModelConfig, num_processes:
         f"memory per device in GiB, if all rollouts have {run.row_tokens} tokens (prompts of {PROMPT_TOKENS}):",
         _line("", runs),
         *(_line(name, amounts) for name, amounts in table(estimates)),
-        *(fit(each, name) for name, each in runs.items()),
+        *(fit(each, name, gib) for name, each in runs.items()),
         "Not counted: the CUDA context, fragmentation, communication buffers, CUDA graphs (some GiB), quantisation. FSDP2 needs what ZeRO-3 needs.",
     ]
 
@@ -283,21 +283,21 @@ def table(estimates: list[Estimate]) -> list[tuple[str, list[str]]]:
     return [(name, [f"{size / GIB:.1f}" for size in sizes]) for name, sizes in rows]
 
 
-def fit(run: Run, name: str) -> str:
+def fit(run: Run, name: str, gib: float) -> str:
     """How long rollouts may get on one device."""
-    room = device_gib() * GIB - estimate_memory(replace(run, row_tokens=0)).rollout_peak
+    room = gib * GIB - estimate_memory(replace(run, row_tokens=0)).rollout_peak
     update = estimate_memory(run).update_peak / GIB
-    if update > device_gib() or room < 0:
-        return f"{name}: does not fit into {device_gib():.0f} GiB."
+    if update > gib or room < 0:
+        return f"{name}: does not fit into {gib:.0f} GiB."
     if not (per_token := rollout_bytes_per_token(run)):
-        return f"{name}: fits into {device_gib():.0f} GiB."
+        return f"{name}: fits into {gib:.0f} GiB."
     tokens = int(room // per_token)
     until = (
         "at full length"
         if tokens >= run.row_tokens
         else f"while the rows still being written have up to {tokens} tokens"
     )
-    return f"{name}: fits into {device_gib():.0f} GiB {until} ({1000 * per_token / GIB:.1f} GiB per 1000 tokens of all {run.rows} rows)."
+    return f"{name}: fits into {gib:.0f} GiB {until} ({1000 * per_token / GIB:.1f} GiB per 1000 tokens of all {run.rows} rows)."
 
 
 def _line(name: str, cells: Any) -> str:

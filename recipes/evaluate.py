@@ -10,12 +10,13 @@ the others below change that for all of them. A dataset of your own, with the an
     python recipes/evaluate.py --model_name_or_path outputs/mine --dataset_name problems.jsonl \\
         --prompt_column question --answer_column answer --num_samples 16 --temperature 1.0 --output_dir outputs/mine/evaluation
 
-The model is a folder or a Hub id, also of a LoRA adapter. Prompts are texts, as in training without a system prompt; `--system_prompt` or
-`--apply_chat_template true` puts them into the chat template. Every problem goes to `NAME.jsonl` in the output folder as soon as it is done: after
+The model is a folder or a Hub id, also of a LoRA adapter. Prompts are texts, as in training without a system prompt; `--system_prompt` (the one of
+training) or `--apply_chat_template true` puts them into the chat template. Every problem goes to `NAME.jsonl` in the output folder as soon as it is done: after
 an interruption, the same command goes on from there. At the end, `results.json` and `results.md` are written beside it.
 """
 
 import json
+import warnings
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -147,10 +148,12 @@ def earlier_results(path: Path, who: dict[str, Any]) -> dict[str, Any]:
     results = json.loads(path.read_text()) if path.exists() else {**who, "benchmarks": {}}
     different = [name for name, value in who.items() if results.get(name) != value]
     if different:
-        raise ValueError(
-            f"{path} has results with {different[0]}={results.get(different[0])!r}, got {who[different[0]]!r}. Name another output_dir, or "
-            "delete it."
+        what = (
+            "other weights, since the model was written again"
+            if different == ["weights_written_ns"]
+            else f"{different[0]}={results.get(different[0])!r}, got {who[different[0]]!r}"
         )
+        raise ValueError(f"{path} has results of {what}. Name another output_dir, or delete {path.parent}.")
     return results
 
 
@@ -164,6 +167,12 @@ def main(model: ModelArguments, problems: ProblemArguments, sampling: SamplingAr
         raise ValueError(
             f"The tokenizer of {who['model']} has no chat template, which prompts that are conversations need. Give one as chat_template, or "
             "leave system_prompt and apply_chat_template unset."
+        )
+    if tokenizer.chat_template and problems.apply_chat_template is None and problems.system_prompt is None:
+        warnings.warn(
+            "Prompts go to the model as plain texts, though its tokenizer has a chat template. If it was trained on conversations, set "
+            "system_prompt to that of its training, or apply_chat_template to true (false: this is meant).",
+            stacklevel=2,
         )
     backend = load_backend(model, run, tokenizer)
     settings = {**who, "backend": run.backend, "dtype": model.dtype, "eos_token": tokenizer.eos_token}

@@ -36,7 +36,7 @@ class ProblemArguments:
     max_problems: int | None = setting("Evaluate only the first ones of each.")
     instruction: str | None = setting("End of each prompt; default: the benchmark's, none for a dataset; '' for none.")
     system_prompt: str | None = setting("Turns text prompts into conversations that start with this system message.")
-    apply_chat_template: bool = setting("Turn text prompts into conversations also without a system prompt.", False)
+    apply_chat_template: bool | None = setting("Turn text prompts into conversations also without a system prompt.")
 
 
 @dataclass

@@ -82,6 +82,10 @@ class RecipeArguments(ScriptArguments):
         default=False,
         metadata={"help": "Check the settings, and print them with an estimate of memory; nothing is loaded."},
     )
+    memory_gib: float | None = field(
+        default=None,
+        metadata={"help": "Memory of one device, for --dry_run; unset: of an accelerator here, else 80."},
+    )
 
 
 def load_reward(name: str) -> Callable:

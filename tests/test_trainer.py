@@ -466,11 +466,29 @@ def test_the_initial_policy_has_the_head_of_the_trained_one(tmp_path):
 
 
 def test_a_preset_is_printed_in_full(tmp_path, capsys):
-    make_trainer(tmp_path, preset="mentor_corrected", num_generations=8)
+    make_trainer(tmp_path, preset="mentor_corrected", num_generations=8, draft_length=4, guided_sampler="speculative")
     printed = capsys.readouterr().out
     assert "preset 'mentor_corrected'" in printed
     assert "guidance_weight_max=0.9" in printed
     assert "guided_importance_correction='token_truncate'" in printed
+    assert "draft_length=4" in printed
+    assert not any(idle in printed for idle in ("max_draft_length", "injection_", "server", "None"))
+
+
+@pytest.mark.parametrize(
+    ("preset", "ours", "said"),
+    [
+        ("mentor", {"num_generations": 8}, "Its paper has num_generations=12, here it is 8."),
+        ("mentor", {"num_generations": 12, "per_device_train_batch_size": 12}, ""),
+        ("luffy", {"scale_rewards": "none"}, "Its paper has loss_type='dr_grpo', here it is 'dapo'."),
+        ("selective", {}, ""),
+    ],
+)
+def test_what_a_preset_leaves_to_trl_is_said(preset, ours, said):
+    args = SelectiveGuidanceGRPOConfig("out", preset=preset, bf16=False, **{"per_device_train_batch_size": 8, **ours})
+    words, _, beside = args.preset_in_words().partition(". ")
+    assert words.startswith(f"preset '{preset}': num_")
+    assert beside == said
 
 
 def test_the_expert_is_frozen_and_no_part_of_the_policy(tmp_path):

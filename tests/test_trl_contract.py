@@ -186,6 +186,9 @@ def test_the_engine_is_built_by_a_name_of_its_module():
     built_by = GRPOTrainer.__init__.__globals__["VLLMGeneration"]
     assert built_by is vllm_generation.VLLMGeneration
     assert "vllm_generation" in GRPOTrainer.__init__.__code__.co_names  # self.vllm_generation
+    assert (
+        "generation_kwargs" in vllm_generation.VLLMGeneration.generate.__code__.co_names
+    )  # what requests are made of, last
 
 
 def test_what_an_engine_draws_is_scored_token_by_token():

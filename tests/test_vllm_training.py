@@ -134,6 +134,19 @@ def test_with_w_1_completions_are_the_experts(tmp_path, expert):
     assert logged(trainer, "guidance/reward/on_policy")[0] < 0.1  # before the policy has learnt it
 
 
+def test_on_policy_rows_end_where_guided_ones_do(tmp_path):
+    """At an end token that was set here, which the engine does not find beside the weights. Without it, a row has several of them."""
+    tokenizer = AutoTokenizer.from_pretrained(POLICY)
+    tokenizer.eos_token = "D"
+    trainer = make_trainer(tmp_path, **{**GUIDED, "max_steps": 1}, init={"processing_class": tokenizer})
+    trainer.train()
+    assert len(trainer.eos_token_ids) == 2
+    (batch,) = trainer.batches
+    assert not any(set(trainer.eos_token_ids) & set(ids[:-1]) for ids in batch.completion_ids)
+    for rows in batch.split(batch.completion_ids):
+        assert tokenizer.eos_token_id in {ids[-1] for ids in rows}
+
+
 def test_evaluation_is_not_guided(tmp_path):
     """With an expert that always steps in, evaluation still has none of its filler words."""
     trainer = make_trainer(

@@ -13,7 +13,7 @@ from trl import GRPOConfig
 from trl_selective.experts.completions import OVERLONG
 from trl_selective.functional.schedules import Schedule, constant, cosine, join, linear
 from trl_selective.injection import REPLACEABLE
-from trl_selective.presets import PRESETS
+from trl_selective.presets import BESIDE, PRESETS
 from trl_selective.sampling import WEIGHTINGS
 from trl_selective.selection import SELECTORS, make_selector, make_trigger
 
@@ -119,7 +119,8 @@ class SelectiveGuidanceGRPOConfig(GRPOConfig):
         preset (`str`, *optional*):
             Fills the parameters below that are left unset: `"mentor"` (arXiv:2510.04140), `"mentor_corrected"` (with importance weights
             bounded by `guidance_weight_max`), `"mentor_as_released"` (as its published code differs from the paper), `"luffy"`
-            (arXiv:2504.14945), or `"selective"` (expert completions for groups that failed).
+            (arXiv:2504.14945), or `"selective"` (expert completions for groups that failed). TRL's own settings stay as they are: MENTOR's
+            paper has `num_generations=12`, LUFFY's loss is `loss_type="dr_grpo"` with `scale_rewards="none"`.
         num_guided_generations (`int`, *optional*, defaults to `0`):
             How many of the `num_generations` rollouts of each prompt are drawn from the mixture of policy and expert. They are the last
             ones of the group. At least 2 must stay on-policy.
@@ -503,7 +504,8 @@ class SelectiveGuidanceGRPOConfig(GRPOConfig):
         if self.generation_kwargs:
             raise ValueError(
                 f"Guided rollouts do not know generation_kwargs, got {self.generation_kwargs}: they would follow another policy than the "
-                "on-policy ones. Leave it unset and use `temperature` and `max_completion_length`."
+                "on-policy ones. Leave it unset and use `temperature` and `max_completion_length`; with vLLM, all rollouts end at the end tokens of "
+                "tokenizer and generation config."
             )
         if self.use_vllm:
             self._check_vllm()
@@ -683,6 +685,21 @@ class SelectiveGuidanceGRPOConfig(GRPOConfig):
                     "Set importance_ratio_max, such as 10.0.",
                     stacklevel=4,
                 )
+
+    def in_effect(self) -> dict[str, Any]:
+        """The settings of guidance that are set and do something, in their order."""
+        idle = {name for _, applies, names in self._idle_settings() if applies for name in names}
+        names = [name for name in type(self).__annotations__ if name in GUIDANCE_FIELDS - idle]
+        return {name: value for name in names if (value := getattr(self, name)) is not None}
+
+    def preset_in_words(self) -> str:
+        """What a preset has set, and what its paper has beside it that is otherwise here."""
+        settings = ", ".join(f"{name}={value!r}" for name, value in self.in_effect().items())
+        theirs = {name: value for name, value in BESIDE.get(self.preset, {}).items() if getattr(self, name) != value}
+        beside = "".join(
+            f" Its paper has {name}={value!r}, here it is {getattr(self, name)!r}." for name, value in theirs.items()
+        )
+        return f"preset {self.preset!r}: {settings}.{beside}"
 
     def guidance_coef_schedule(self, max_steps: int) -> Schedule:
         """alpha as a function of the optimizer step, for a run of `max_steps` steps."""

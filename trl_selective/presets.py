@@ -18,7 +18,6 @@ PRESETS = {
     "mentor_corrected": MENTOR | {"guided_importance_correction": "token_truncate", "guidance_weight_max": 0.9},
     # What the paper's released code does and its text does not say: the policy half of the mixture is the initial checkpoint, the
     # threshold starts at 999 and is floored at 1.5 nats, the first token comes from the expert, rewards are not divided by their range.
-    # It also adds its 4 mixed rollouts to 8 on-policy ones: set num_generations=12.
     "mentor_as_released": MENTOR
     | {
         "mixture_policy": "initial",
@@ -28,7 +27,7 @@ PRESETS = {
         "reward_range": 1.0,
     },
     # LUFFY (arXiv:2504.14945): one expert trajectory in each group of 8, policy shaping with gamma = 0.1, inside the group's baseline, for
-    # the whole of training. Its loss is GRPO's without division by lengths and standard deviations: loss_type="dr_grpo", scale_rewards="none".
+    # the whole of training. Its loss is GRPO's without division by lengths and standard deviations (see BESIDE).
     "luffy": {
         "num_injected_completions": 1,
         "injection_trigger": "always",
@@ -55,4 +54,11 @@ PRESETS = {
         "guidance_schedule": "cosine",
         "guidance_steps": 0.6,
     },
+}
+
+# What their papers have beside these fields, in TRL's own, which are never unset.
+BESIDE: dict[str, dict[str, object]] = {
+    "mentor": {"num_generations": 12},
+    "mentor_as_released": {"num_generations": 12},
+    "luffy": {"loss_type": "dr_grpo", "scale_rewards": "none"},
 }

@@ -45,7 +45,7 @@ from trl_selective.checks import (
     unit_problem,
     verdict_problem,
 )
-from trl_selective.config import GUIDANCE_FIELDS, TRUNCATED, SelectiveGuidanceGRPOConfig
+from trl_selective.config import TRUNCATED, SelectiveGuidanceGRPOConfig
 from trl_selective.engines.coin import Coin
 from trl_selective.engines.engine import LocalEngine, ServedEngine, check_version
 from trl_selective.engines.sampler import VllmCoinSampler, choose_sentinel
@@ -191,8 +191,7 @@ class SelectiveGuidanceGRPOTrainer(GRPOTrainer):
         if self.num_injected_completions:
             self._set_up_injection(injection_trigger, injection_selector)
         if getattr(args, "preset", None) is not None:
-            settings = ", ".join(f"{name}={getattr(args, name)!r}" for name in sorted(GUIDANCE_FIELDS))
-            self.accelerator.print(f"preset {args.preset!r}: {settings}")
+            self.accelerator.print(args.preset_in_words())
 
     # ---- Set-up ------------------------------------------------------------------------------------------------------------------------
 
@@ -347,6 +346,8 @@ class SelectiveGuidanceGRPOTrainer(GRPOTrainer):
 
     def _vllm_sampler(self) -> VllmCoinSampler:
         args, expert = self.args, self.expert_model
+        # On-policy rows end where guided ones do: the engine knows neither an end token set here, nor those of a model that was changed here.
+        self.vllm_generation.generation_kwargs["stop_token_ids"] = sorted(self.eos_token_ids)
         engine: LocalEngine | ServedEngine
         if args.vllm_mode == "colocate":
             engine = LocalEngine(self.vllm_generation.llm)

@@ -8,6 +8,7 @@ import signal
 import subprocess
 import sys
 import time
+import warnings
 from dataclasses import replace
 
 import pytest
@@ -93,6 +94,22 @@ def test_a_hand_computed_pass_at_k(tmp_path, start, capsys):
     cells = dict(zip(map(str.strip, header), map(str.strip, row), strict=True))
     assert cells["pass@2, %"].startswith("58.3 [")
     assert cells["problems"] == "4"
+
+
+@pytest.mark.parametrize(
+    ("changes", "warns"), [({}, True), ({"apply_chat_template": "false"}, False), ({"system_prompt": "Walk."}, False)]
+)
+def test_plain_prompts_for_a_model_with_a_chat_template_are_pointed_out(tmp_path, start, changes, warns):
+    model = tmp_path / "walker"
+    shutil.copytree(EXPERT, model)
+    tokenizer = AutoTokenizer.from_pretrained(model)
+    tokenizer.chat_template = "{% for message in messages %}{{ message['content'] }} {% endfor %}"
+    tokenizer.save_pretrained(model)
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always")
+        start(model_name_or_path="walker", max_problems="1", reward_func="my_rewards.unknown", **changes)
+    said = "Prompts go to the model as plain texts, though its tokenizer has a chat template."
+    assert any(str(warning.message).startswith(said) for warning in caught) == warns
 
 
 def test_results_beside_a_model_come_into_its_card(tmp_path, start, capsys):
@@ -259,7 +276,10 @@ def test_other_settings_than_those_of_the_file_are_refused(start):
     start(max_problems=2)
     with pytest.raises(ValueError, match=r"problems.jsonl was made with temperature=1.0 according to .*, got 0.5"):
         start(max_problems=2, temperature=0.5)
-    with pytest.raises(ValueError, match=r"results.json has results with model='expert', got 'policy'"):
+    with pytest.raises(
+        ValueError,
+        match=r"results.json has results of model='expert', got 'policy'\. Name another output_dir, or delete out\.",
+    ):
         start(max_problems=2, model_name_or_path=POLICY)
     with pytest.raises(ValueError, match=r"problems.jsonl has more rows than the dataset, 1"):
         start(max_problems=1)
@@ -271,7 +291,10 @@ def test_weights_that_were_written_anew_are_another_model(tmp_path, start):
         part.save_pretrained(tmp_path / "model")
     start(model_name_or_path="model", max_problems=1)
     model.save_pretrained(tmp_path / "model")
-    with pytest.raises(ValueError, match=r"results.json has results with weights_written_ns="):
+    with pytest.raises(
+        ValueError,
+        match=r"results.json has results of other weights, since the model was written again\. Name another",
+    ):
         start(model_name_or_path="model", max_problems=2)
 
 

@@ -78,7 +78,7 @@ def test_the_papers_arithmetic(path):
 def test_dry_run(path, monkeypatch):
     monkeypatch.chdir(RECIPES.parent)
     report = dry_run(*parsed(path))
-    num_prompts = 16 if path == LORA else 128
+    num_prompts = 8 if path == LORA else 128
     assert f"batches: {num_prompts} prompts x " in report
     assert "2 updates per batch" in report
     assert "is not on this machine: not checked" in report
@@ -103,7 +103,7 @@ def test_the_table_has_the_estimates():
     """Of every recipe: the peak without sharding and with ZeRO-2."""
     readme = (RECIPES / "README.md").read_text()
     for path in ALL:
-        run = plan(*parsed(path)[1:])
+        run = plan(*parsed(path)[1:], gib=80)
         cells = next(
             line for line in readme.splitlines() if f"({path.parent.relative_to(RECIPES)}/config.yaml)" in line
         )
@@ -174,7 +174,7 @@ def test_what_is_here_is_looked_at(here, tmp_path):
         (LORA, ["--reward_funcs", "boxed_acuracy"], "reward_funcs: got 'boxed_acuracy', expected one of"),
         (LORA, ["--reward_weights", "1"], "reward_weights has 1 entries, expected one for each of the reward_funcs"),
         (LORA, ["--prompt_column", "question"], "The dataset has no column 'question'"),
-        (LORA, ["--gradient_accumulation_steps", "5"], "steps_per_generation=48 is no multiple of gradient_accumulation_steps=5"),
+        (LORA, ["--gradient_accumulation_steps", "5"], "steps_per_generation=24 is no multiple of gradient_accumulation_steps=5"),
         (PAPERS[4], [], "train_dataset has no column 'expert_completions'"),
         (LORA, ["--model_name_or_path", "no/where"], "The config of 'no/where' is neither"),
     ],
@@ -191,7 +191,13 @@ def test_the_dry_run_from_the_command_line(monkeypatch, capsys):
     with pytest.raises(SystemExit) as exit:
         runpy.run_path(str(script), run_name="__main__")
     assert exit.value.code is None
-    assert capsys.readouterr().out.startswith("Dry run: nothing is loaded or written.")
+    report = capsys.readouterr().out
+    assert report.startswith("Dry run: nothing is loaded or written.")
+    assert "no sharding: fits into 24 GiB at full length" in report  # as the recipe says
+
+
+def test_a_device_may_be_named(monkeypatch):
+    assert "no sharding: does not fit into 6 GiB." in dry_run(*parsed(LORA, "--memory_gib", "6"))
 
 
 # ---- The LoRA recipe, trained ----------------------------------------------------------------------------------------------------------

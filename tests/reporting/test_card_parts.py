@@ -125,7 +125,18 @@ def test_only_names_of_the_hub_are_told(tmp_path, monkeypatch):
     (tmp_path / "models" / "expert").mkdir(parents=True)
     assert hub_id("open-r1/OpenR1-Qwen-7B") == "open-r1/OpenR1-Qwen-7B"
     assert hub_id("gpt2") == "gpt2"
-    for name in ("models/expert", str(tmp_path), "/gone/expert", "./expert", "a/b/c", "~/expert", "", None):
+    for name in (
+        "models/expert",
+        str(tmp_path),
+        "/gone/expert",
+        "./expert",
+        "a/b/c",
+        "~/expert",
+        "held.jsonl",
+        "a/b.csv",
+        "",
+        None,
+    ):
         assert hub_id(name) is None
 
 

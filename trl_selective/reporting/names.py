@@ -4,10 +4,12 @@ import os
 
 from huggingface_hub.utils import HFValidationError, validate_repo_id
 
+DATA_FILES = (".json", ".jsonl", ".csv", ".parquet")
+
 
 def hub_id(name: str | None) -> str | None:
-    """`name` where it is the id of a repository on the Hub; None for a place on this machine, or for nothing."""
-    if not name or os.path.exists(name):
+    """`name` where it is the id of a repository on the Hub; None for a place or file of this machine, or for nothing."""
+    if not name or os.path.exists(name) or os.path.splitext(name)[1] in DATA_FILES:
         return None
     try:
         validate_repo_id(name)
