@@ -9,9 +9,9 @@ import pytest
 from packaging.requirements import Requirement
 
 from trl_selective.config import DEFAULTS, GUIDANCE_FIELDS
+from trl_selective.selection import SELECTORS
 
 ROOT = Path(__file__).parents[1]
-README = ROOT / "README.md"
 PYTHON_BLOCK = re.compile(
     r"(?:^<!-- not run: (?P<reason>[^\n]+) -->\n+)?^```python\n(?P<code>.*?)^```$", re.MULTILINE | re.DOTALL
 )
@@ -19,13 +19,11 @@ FENCED_OR_CODE = re.compile(r"^```.*?^```$|`[^`\n]+`", re.MULTILINE | re.DOTALL)
 LINK = re.compile(r'\]\(<?([^)>\s]+)|(?:src|href)="([^"]+)"')
 
 
-@pytest.fixture
-def readme() -> str:
-    assert README.exists(), "README.md is missing"
-    return README.read_text()
+PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))]
 
 
-def test_python_blocks_run(readme, tmp_path, monkeypatch):
+@pytest.mark.parametrize("page", PAGES, ids=lambda page: page.name)
+def test_python_blocks_run(page, tmp_path, monkeypatch):
     """In order and in one namespace, beside the models of the quickstart. `<!-- not run: reason -->` above a block: it must compile only."""
     quickstart = tmp_path / "recipes" / "quickstart"
     quickstart.mkdir(parents=True)
@@ -33,10 +31,10 @@ def test_python_blocks_run(readme, tmp_path, monkeypatch):
         (quickstart / name).symlink_to(ROOT / "recipes" / "quickstart" / name)
     monkeypatch.chdir(tmp_path)
 
-    namespace = {"__name__": "readme"}
-    for block in PYTHON_BLOCK.finditer(readme):
-        lines_above = readme.count("\n", 0, block.start("code"))  # so that a traceback names the line of the README
-        code = compile("\n" * lines_above + block["code"], README, "exec")
+    text, namespace = page.read_text(), {"__name__": "page"}
+    for block in PYTHON_BLOCK.finditer(text):
+        lines_above = text.count("\n", 0, block.start("code"))  # so that a traceback names the line of the page
+        code = compile("\n" * lines_above + block["code"], page, "exec")
         if not block["reason"]:
             exec(code, namespace)
 
@@ -51,15 +49,26 @@ def listed_defaults(document: str) -> dict[str, object]:
         elif not previous.startswith("|"):
             in_table = len(cells) > 1 and cells[1].lower() == "default"
         elif in_table and set(cells[0]) - set(":-"):
-            assert cells[0] not in defaults, f"README.md lists {cells[0]} twice"
+            assert cells[0] not in defaults, f"{cells[0]} is listed twice"
             defaults[cells[0]] = float("inf") if cells[1] == "inf" else ast.literal_eval(cells[1])
         previous = line
     return defaults
 
 
-def test_settings_are_listed_with_their_defaults(readme):
+def test_settings_are_listed_with_their_defaults():
     expected = {name: DEFAULTS.get(name) for name in {*GUIDANCE_FIELDS, "preset"}}
-    assert listed_defaults(readme) == expected
+    assert listed_defaults((ROOT / "docs" / "settings.md").read_text()) == expected
+
+
+def test_triggers_and_selectors_are_listed():
+    page = (ROOT / "docs" / "settings.md").read_text().split("## Triggers and selectors")[1]
+    listed = {
+        name
+        for line in page.splitlines()
+        if line.startswith("| `")
+        for name in re.findall(r"`(\w+)`", line.split("|")[1])
+    }
+    assert set(SELECTORS) | {"always", "group_failed", "zero_variance", "below", "with_probability"} <= listed
 
 
 def test_the_lowest_versions_are_the_lower_bounds():
@@ -82,6 +91,15 @@ def test_relative_links_exist(project_files):
         broken += [
             f"{document.relative_to(ROOT)}: {target}"
             for target in targets
-            if not re.match(r"[a-z]+:|#", target) and not (document.parent / target.split("#")[0]).exists()
+            if not re.match(r"[a-z]+:", target) and not leads_somewhere(document, *target.partition("#")[::2])
         ]
     assert not broken
+
+
+def leads_somewhere(document: Path, path: str, heading: str) -> bool:
+    """Whether a link in a document has a file behind it, and a heading where it names one."""
+    target = document.parent / path if path else document
+    if not target.exists() or not heading:
+        return target.exists()
+    headings = re.findall(r"^#+ (.*)$", target.read_text(), re.MULTILINE)
+    return heading in {re.sub(r"[^\w -]", "", each).lower().replace(" ", "-") for each in headings}
