@@ -9,6 +9,7 @@ from peft import PeftModel
 from torch import Tensor, nn
 from transformers import GenerationConfig, PreTrainedTokenizerBase
 
+ROUNDING = 1e-5  # by which a sum of weighted rewards may be off
 # Settings of a generation config that change the law of a token or end a completion, beside those that TRL sets itself, with the values
 # at which they do nothing (None always does nothing).
 NEUTRAL: dict[str, Any] = {
@@ -238,7 +239,7 @@ def unit_problem(rewards_per_func: Tensor, reward_weights: Tensor, names: Sequen
         names: of the functions.
     """
     for name, weight, rewards in zip(names, reward_weights.tolist(), rewards_per_func.unbind(1), strict=True):
-        outside = rewards[(rewards < 0) | (rewards > 1)]
+        outside = rewards[(rewards < -ROUNDING) | (rewards > 1 + ROUNDING)]
         if weight and len(outside):
             return (
                 f"Reward function {name!r} gives {outside[0].item():g}, but with reward_range unset each is taken to span [0, 1]: guided and "
@@ -255,7 +256,7 @@ def range_problem(rewards: Tensor, reward_range: float) -> str | None:
         rewards: total rewards, any shape, NaN where no function gave one.
         reward_range: their span.
     """
-    outside = rewards[(rewards < 0) | (rewards > reward_range)]
+    outside = rewards[(rewards < -ROUNDING) | (rewards > reward_range * (1 + ROUNDING))]
     if not len(outside):
         return None
     return (

@@ -27,8 +27,9 @@ class CoinSampler(GuidedSampler):
         owed: what is missing to log pi_mix of a token with w > 0 that the policy drew: the expert's probability of it.
         due: a row that owes, and ends here or is `MAX_BACKLOG` tokens behind.
 
-    All rows keep step: one row that shows heads, or is due, makes the expert read for all. It is asked in a
-    share 1 - (1 - w)^rows of the steps, and once more where a row ends, since log pi_mix of the tokens of the policy needs its probabilities too; at the latest after `MAX_BACKLOG` tokens.
+    All rows keep step: one row that shows heads, or is due, makes the expert read for all. It is asked in a share 1 - (1 - w)^rows of the
+    steps, and once more where a row ends, since log pi_mix of the tokens of the policy needs its probabilities too; at the latest after
+    `MAX_BACKLOG` tokens.
 
     `expert_drawn` follows the law that drafting would give it, as a share (1 - pi_theta / pi*)+ of the tokens that the expert drew.
     """
