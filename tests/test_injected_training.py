@@ -864,7 +864,7 @@ def test_entropy_means_the_policy(tmp_path):
 def test_what_comes_of_injections_is_seen_when_prompts_come_back(tmp_path):
     """Four problems, all in every batch: from the second on, each step judges the one before."""
     trainer = trained(tmp_path, train_dataset=expert_dataset(4), max_steps=3, injection_selector="learned")
-    assert [len(batch.injection.verdicts) for batch in trainer.batches] == [0, 4, 4]
+    assert [len(batch.injection.effects) for batch in trainer.batches] == [0, 4, 4]
     (learner,) = trainer._injector.selector.learners()
     assert learner.model.num_outcomes == 8
     assert len(logged(trainer, "guidance/injection/success_change")) == 2

@@ -19,10 +19,10 @@ from trl_selective.injection import Choice, Injection, Injector, SampledBatch
 from trl_selective.selection import (
     Always,
     Below,
+    Effect,
     GroupFailed,
     GroupOutcomes,
     Trigger,
-    Verdict,
     WithProbability,
     ZeroVariance,
     make_selector,
@@ -417,31 +417,31 @@ def test_the_generators_that_sample_rollouts_are_left_alone(selector):
 # ---- Memory ----------------------------------------------------------------------------------------------------------------------------
 
 
-def test_a_verdict_when_the_prompt_comes_back():
+def test_an_effect_when_the_prompt_comes_back():
     injector = make_injector(Always(), per_group=2)
     first = make_batch([[1.0, 0.0, 0.0, 0.0], FAILED], prompts=["p :", "q :"])
-    assert inject(injector, first).verdicts == []
+    assert inject(injector, first).effects == []
     # another prompt, and "p" with 3 of 4 right: 0.75 - 0.25, for both that were injected
     injection = inject(injector, make_batch([FAILED, [1.0, 1.0, 1.0, 0.0]], prompts=["r :", "p :"], expert=[[], []]))
-    assert injection.verdicts == [Verdict(None, None, 0.5)] * 2
+    assert injection.effects == [Effect(None, None, 0.5)] * 2
     # nothing was injected into it since
     injection = inject(injector, make_batch([SOLVED, FAILED], prompts=["p :", "q :"], expert=[[], []]))
-    assert injection.verdicts == [Verdict(None, None, 0.0)] * 2  # those of "q"
+    assert injection.effects == [Effect(None, None, 0.0)] * 2  # those of "q"
 
 
-def test_a_verdict_is_about_the_policys_own_rollouts():
+def test_an_effect_is_about_the_policys_own_rollouts():
     guided = [[False, False, True, True]]
     injector = make_injector(Always(), replaces="last")
     inject(injector, make_batch([[0.0, 0.0, 1.0, 1.0]], is_guided=guided))
     injection = inject(injector, make_batch([[1.0, 0.0, 0.0, 0.0]], is_guided=guided, expert=[[]]))
-    assert injection.verdicts == [Verdict(None, None, 0.5)]  # from 0 of 2 to 1 of 2
+    assert injection.effects == [Effect(None, None, 0.5)]  # from 0 of 2 to 1 of 2
 
 
-def test_a_verdict_waits_for_a_group_that_was_scored():
+def test_an_effect_waits_for_a_group_that_was_scored():
     injector = make_injector(Below(0.5))
     inject(injector, make_batch([[1.0, 0.0, 0.0, 0.0]]))
-    assert inject(injector, make_batch([[NAN] * 4])).verdicts == []
-    assert inject(injector, make_batch([SOLVED])).verdicts == [Verdict(None, None, 0.75)]
+    assert inject(injector, make_batch([[NAN] * 4])).effects == []
+    assert inject(injector, make_batch([SOLVED])).effects == [Effect(None, None, 0.75)]
 
 
 def test_prompts_are_told_apart_by_all_they_say():
@@ -455,11 +455,11 @@ def test_prompts_are_told_apart_by_all_they_say():
     reordered = [[{"content": "b", "role": "user"}], "b"]
     for row, prompt in zip(batch.rows, [p for p in reordered for _ in range(4)], strict=True):
         row["prompt"] = prompt
-    assert len(inject(injector, batch).verdicts) == 1  # the same message; the text is another prompt
+    assert len(inject(injector, batch).effects) == 1  # the same message; the text is another prompt
     assert len(set(prompts)) == 2
 
 
-def test_the_learned_selector_learns_from_verdicts():
+def test_the_learned_selector_learns_from_effects():
     injector = make_injector(selector="learned")
     (learner,) = injector.selector.learners()
     choice = inject(injector, make_batch([FAILED])).choices[0]
@@ -467,7 +467,7 @@ def test_the_learned_selector_learns_from_verdicts():
     assert choice.predicted == 0.0  # nothing is known yet
     assert learner.model.num_outcomes == 0
     injection = inject(injector, make_batch([[1.0, 1.0, 0.0, 0.0]]))
-    assert injection.verdicts == [Verdict(choice.line, 0.0, 0.5)]
+    assert injection.effects == [Effect(choice.line, 0.0, 0.5)]
     assert learner.model.num_outcomes == 1
     line = torch.tensor(choice.line, dtype=torch.float64)
     torch.testing.assert_close(learner.model.moment, 0.5 * line)
@@ -548,7 +548,7 @@ def test_a_resumed_run_decides_as_if_it_had_never_stopped(selector):
     assert resumed.state_dict() == straight.state_dict()
     if selector not in ("shortest", "diverse", "learnable"):  # where what came before has a say
         assert run(fresh(), batches[6:]) != expected[6:]
-    assert any(injection.verdicts for injection in expected)
+    assert any(injection.effects for injection in expected)
 
 
 def test_a_state_of_other_selectors_is_refused():

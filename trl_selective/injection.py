@@ -21,11 +21,11 @@ from trl_selective.experts import CompletionReader, ExpertCompletion
 from trl_selective.functional.advantages import total_reward
 from trl_selective.selection import (
     Candidates,
+    Effect,
     GroupOutcomes,
     InjectionMemory,
     Selector,
     Trigger,
-    Verdict,
     choose,
     features,
 )
@@ -125,13 +125,13 @@ class Injection:
 
     Attributes:
         choices: completions that were chosen and scored, those that stay out included.
-        verdicts: what came of earlier injections, for the prompts that came back.
+        effects: what came of earlier injections, for the prompts that came back.
         fired: name of each trigger -> share of the groups that it fired for.
         num_read, num_overlong: completions that were read, and those that were too long.
     """
 
     choices: list[Choice]
-    verdicts: list[Verdict]
+    effects: list[Effect]
     fired: dict[str, float]
     num_read: int
     num_overlong: int
@@ -200,7 +200,7 @@ class Injector:
             step=batch.step,
         )
         completions, survey = self._survey(batch, self.trigger(outcomes).tolist())
-        verdicts = self._judge(survey.prompts, batch.success_rates, outcomes.is_scored.tolist())
+        effects = self._effects(survey.prompts, batch.success_rates, outcomes.is_scored.tolist())
         wanted = [min(self.per_group, number) for number in survey.num_candidates]
         candidates = {
             group: self._candidates(batch, group, found, survey.prompts[group], streams[group])
@@ -223,7 +223,7 @@ class Injector:
         self.num_batches += 1
         return Injection(
             choices=choices,
-            verdicts=verdicts,
+            effects=effects,
             fired={part.name: part(outcomes).double().mean().item() for part in self.trigger.parts()},
             num_read=survey.num_read,
             num_overlong=survey.num_overlong,
@@ -252,17 +252,17 @@ class Injector:
             num_overlong=sum(each.num_overlong for each in surveys),
         )
 
-    def _judge(self, prompts: list[str], success_rates: list[float], is_scored: list[bool]) -> list[Verdict]:
+    def _effects(self, prompts: list[str], success_rates: list[float], is_scored: list[bool]) -> list[Effect]:
         """What came of earlier injections into these prompts. Selectors that learn learn from it."""
-        verdicts = []
+        effects = []
         for prompt, success_rate, scored in zip(prompts, success_rates, is_scored, strict=True):
-            verdicts += self.memory.judge(prompt, success_rate) if scored else []
+            effects += self.memory.effects_on(prompt, success_rate) if scored else []
         for learner in self.selector.learners():
-            for verdict in verdicts:
-                if verdict.line is not None and verdict.predicted is not None:
-                    line = torch.tensor(verdict.line, dtype=torch.float64)
-                    learner.model.update(line, verdict.predicted, verdict.change)
-        return verdicts
+            for effect in effects:
+                if effect.line is not None and effect.predicted is not None:
+                    line = torch.tensor(effect.line, dtype=torch.float64)
+                    learner.model.update(line, effect.predicted, effect.change)
+        return effects
 
     def _candidates(
         self,

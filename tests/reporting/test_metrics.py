@@ -19,7 +19,7 @@ from trl_selective.reporting.metrics import (
     rollout_sums,
 )
 from trl_selective.rollout import GuidedRollout
-from trl_selective.selection import Verdict
+from trl_selective.selection import Effect
 
 LOG2 = math.log(2)
 ROLLOUT = GuidedRollout(
@@ -133,7 +133,7 @@ INJECTION = Injection(
         make_choice(2, None, 99, "a", "shortest"),  # stays out
         make_choice(4, 19, 30, None, "reward_gain"),
     ],
-    verdicts=[Verdict([1.0], 0.25, 0.5), Verdict(None, None, -0.25), Verdict([1.0], 0.0, 0.0)],
+    effects=[Effect([1.0], 0.25, 0.5), Effect(None, None, -0.25), Effect([1.0], 0.0, 0.0)],
     fired={"group_failed": 0.75, "below": 0.5},
     num_read=12,
     num_overlong=3,
@@ -164,7 +164,7 @@ def test_injection_metrics():
 
 
 def test_what_there_is_no_data_for_is_left_out():
-    nothing = Injection(choices=[], verdicts=[], fired={"always": 0.0}, num_read=0, num_overlong=0)
+    nothing = Injection(choices=[], effects=[], fired={"always": 0.0}, num_read=0, num_overlong=0)
     assert injection_metrics(nothing, [], num_groups=5, num_rows=20) == {
         "guidance/injection/rows": 0.0,
         "guidance/injection/groups": 0.0,
@@ -174,7 +174,7 @@ def test_what_there_is_no_data_for_is_left_out():
     metrics = injection_metrics(stays_out, [False], num_groups=5, num_rows=20)
     assert "guidance/injection/completions/mean_length" not in metrics
     assert metrics["guidance/injection/accepted"] == metrics["guidance/injection/overlong"] == 0.0
-    judged = replace(nothing, verdicts=[Verdict(None, None, 0.5)])
+    judged = replace(nothing, effects=[Effect(None, None, 0.5)])
     metrics = injection_metrics(judged, [], num_groups=5, num_rows=20)
     assert metrics["guidance/injection/success_change"] == 0.5
     assert "guidance/injection/predicted_change" not in metrics

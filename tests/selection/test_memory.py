@@ -1,8 +1,8 @@
-"""What was injected into which prompt, and the verdict when the prompt comes back."""
+"""What was injected into which prompt, and the effect when the prompt comes back."""
 
 import json
 
-from trl_selective.selection import InjectionMemory, Verdict
+from trl_selective.selection import Effect, InjectionMemory
 
 
 def test_how_often_each_completion_was_injected_into_each_prompt():
@@ -13,16 +13,16 @@ def test_how_often_each_completion_was_injected_into_each_prompt():
     assert {which: n for which, n in times.items() if n} == {("p", "a"): 2, ("p", "b"): 1, ("q", "a"): 1}
 
 
-def test_a_verdict_is_the_change_since():
+def test_an_effect_is_the_change_since():
     memory = InjectionMemory()
     memory.record("p", "a", 0.25, [1.0, 2.0], 0.125)
     memory.record("p", "b", 0.25)
     memory.record("q", "a", 0.5)
-    assert memory.judge("r", 1.0) == []
+    assert memory.effects_on("r", 1.0) == []
     # 0.75 - 0.25, for both that were injected then
-    assert memory.judge("p", 0.75) == [Verdict([1.0, 2.0], 0.125, 0.5), Verdict(None, None, 0.5)]
-    assert memory.judge("p", 0.0) == []  # each is judged once
-    assert memory.judge("q", 0.0) == [Verdict(None, None, -0.5)]
+    assert memory.effects_on("p", 0.75) == [Effect([1.0, 2.0], 0.125, 0.5), Effect(None, None, 0.5)]
+    assert memory.effects_on("p", 0.0) == []  # each is judged once
+    assert memory.effects_on("q", 0.0) == [Effect(None, None, -0.5)]
     assert memory.times_injected("p", "a") == 1  # but not forgotten
 
 
@@ -36,4 +36,4 @@ def test_the_state_survives_json():
     resumed.load_state_dict(json.loads(json.dumps(memory.state_dict())))
     assert resumed == memory
     assert resumed.times_injected("forgotten", "c") == 0
-    assert [resumed.judge(p, 0.9) for p in ("p0", "p1")] == [memory.judge(p, 0.9) for p in ("p0", "p1")]
+    assert [resumed.effects_on(p, 0.9) for p in ("p0", "p1")] == [memory.effects_on(p, 0.9) for p in ("p0", "p1")]

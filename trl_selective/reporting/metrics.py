@@ -116,10 +116,10 @@ def injection_metrics(
     if injected:
         lengths = [len(choice.completion.token_ids) for choice in injected]
         metrics[f"{prefix}/completions/mean_length"] = sum(lengths) / len(lengths)
-    if injection.verdicts:
-        changes = [verdict.change for verdict in injection.verdicts]
+    if injection.effects:
+        changes = [effect.change for effect in injection.effects]
         metrics[f"{prefix}/success_change"] = sum(changes) / len(changes)
-    predicted = [verdict.predicted for verdict in injection.verdicts if verdict.predicted is not None]
+    predicted = [effect.predicted for effect in injection.effects if effect.predicted is not None]
     if predicted:
         metrics[f"{prefix}/predicted_change"] = sum(predicted) / len(predicted)
     return metrics

@@ -2,7 +2,7 @@
 
 from trl_selective.selection.candidates import Candidates
 from trl_selective.selection.learned import GainModel, Learned, features
-from trl_selective.selection.memory import InjectionMemory, Verdict
+from trl_selective.selection.memory import Effect, InjectionMemory
 from trl_selective.selection.names import SELECTORS, make_selector, make_trigger
 from trl_selective.selection.selectors import (
     Diverse,
@@ -32,6 +32,7 @@ __all__ = [
     "Below",
     "Candidates",
     "Diverse",
+    "Effect",
     "First",
     "GainModel",
     "GroupFailed",
@@ -46,7 +47,6 @@ __all__ = [
     "Selector",
     "Shortest",
     "Trigger",
-    "Verdict",
     "WithProbability",
     "ZeroVariance",
     "choose",

@@ -5,7 +5,7 @@ from typing import Any
 
 
 @dataclass(frozen=True)
-class Verdict:
+class Effect:
     """What came of one injection.
 
     Attributes:
@@ -55,10 +55,10 @@ class InjectionMemory:
         entry = {"success_rate": success_rate, "line": line, "predicted": predicted}
         self.pending.setdefault(prompt, []).append(entry)
 
-    def judge(self, prompt: str, success_rate: float) -> list[Verdict]:
+    def effects_on(self, prompt: str, success_rate: float) -> list[Effect]:
         """The prompt has come back: what became of what was injected into it the last time."""
         return [
-            Verdict(entry["line"], entry["predicted"], success_rate - entry["success_rate"])
+            Effect(entry["line"], entry["predicted"], success_rate - entry["success_rate"])
             for entry in self.pending.pop(prompt, [])
         ]
 
