@@ -24,7 +24,7 @@ INJECTION = [
         ("            if choice.row is not None:\n                prompt", "            if True:\n                prompt", "what stayed out is remembered as injected"),
         ("if scored else []", "if prompt else []", "an injection is judged by a group without a reward"),
         ("row = choice.group * batch.num_generations + spare", "row = batch.first_row(choice.group) + spare", "rows of a process taken for rows of all"),
-        ("[n if share else 0 for n, share in everything]", "survey.num_candidates", "groups that come away empty are scored"),
+        ("to_score = survey.num_candidates if self.selector.needs_gains else wanted", "to_score = survey.num_candidates", "processes wait for more completions than are scored"),
         ("sort_keys=True", "sort_keys=False", "the order of keys makes another prompt of it"),
         ("noise=[stream.random() for _ in completions]", "noise=[0.5 for _ in completions]", "chance has no say"),
         ("logps.double().mean().item()", "logps.double().sum().item()", "long completions look unlikely"),
