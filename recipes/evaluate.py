@@ -1,8 +1,8 @@
 """Evaluate a model: greedy pass@1, avg@k and unbiased pass@k, with 95 % intervals, on benchmarks or on any dataset.
 
-    python recipes/evaluate.py --model_name_or_path outputs/Qwen2.5-3B-guided \\
+    python recipes/evaluate.py --model_name_or_path outputs/Qwen2.5-3B-mentor \\
         --benchmarks math500 aime24 aime25 amc minerva olympiadbench gpqa_diamond mmlu_pro \\
-        --backend vllm --output_dir outputs/Qwen2.5-3B-guided/evaluation
+        --backend vllm --output_dir outputs/Qwen2.5-3B-mentor/evaluation
 
 Benchmarks are sampled as the MENTOR paper does: AIME and AMC 32 times at temperature 0.6, the others greedily; `--num_samples`, `--temperature` and
 the others below change that for all of them. A dataset of your own, with the answer in a column, or with a reward function:
