@@ -14,12 +14,12 @@ from typing import Any
 import torch
 import yaml
 from datasets import Dataset
-from selective_grpo import RecipeArguments, choose_split, load_reward, load_splits
+from selective_grpo import RecipeArguments, choose_split, load_rewards, load_splits
 from transformers import AutoConfig, PreTrainedConfig
 from trl import ModelConfig, get_peft_config
 
 from trl_selective import SelectiveGuidanceGRPOConfig
-from trl_selective.checks import check_columns
+from trl_selective.checks import check_columns, check_correctness_reward
 from trl_selective.config import TRUNCATED
 from trl_selective.memory import (
     GIB,
@@ -61,8 +61,8 @@ def dry_run(arguments: RecipeArguments, args: SelectiveGuidanceGRPOConfig, model
     """
     if model.model_name_or_path is None:
         raise ValueError("model_name_or_path is not set: give the Hub id or the folder of the policy.")
-    rewards = [load_reward(name) for name in arguments.reward_funcs or ()]
-    check_rewards(arguments, args)
+    rewards = load_rewards(arguments, args)
+    check_rewards(arguments, args, rewards)
     num_processes = arguments.num_processes or 1
     parts = [
         "Dry run: nothing is loaded or written.",
@@ -79,7 +79,7 @@ def dry_run(arguments: RecipeArguments, args: SelectiveGuidanceGRPOConfig, model
 # ---- Settings --------------------------------------------------------------------------------------------------------------------------
 
 
-def check_rewards(arguments: RecipeArguments, args: SelectiveGuidanceGRPOConfig) -> None:
+def check_rewards(arguments: RecipeArguments, args: SelectiveGuidanceGRPOConfig, rewards: list[Callable]) -> None:
     names, weights = arguments.reward_funcs or [], args.reward_weights
     if not names:
         raise ValueError("reward_funcs is not set: name at least one reward function.")
@@ -87,6 +87,8 @@ def check_rewards(arguments: RecipeArguments, args: SelectiveGuidanceGRPOConfig)
         raise ValueError(
             f"reward_weights has {len(weights)} entries, expected one for each of the reward_funcs {names}."
         )
+    if args.correctness_reward is not None:
+        check_correctness_reward(args.correctness_reward, [reward.__name__ for reward in rewards])
 
 
 def settings(args: SelectiveGuidanceGRPOConfig) -> str:

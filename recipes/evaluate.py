@@ -168,7 +168,8 @@ def main(model: ModelArguments, problems: ProblemArguments, sampling: SamplingAr
             f"The tokenizer of {who['model']} has no chat template, which prompts that are conversations need. Give one as chat_template, or "
             "leave system_prompt and apply_chat_template unset."
         )
-    if tokenizer.chat_template and problems.apply_chat_template is None and problems.system_prompt is None:
+    is_plain = any(isinstance(task.problems[0]["prompt"], str) for task in tasks)
+    if is_plain and tokenizer.chat_template and problems.apply_chat_template is None:
         warnings.warn(
             "Prompts go to the model as plain texts, though its tokenizer has a chat template. If it was trained on conversations, set "
             "system_prompt to that of its training, or apply_chat_template to true (false: this is meant).",

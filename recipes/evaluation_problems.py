@@ -134,6 +134,7 @@ def in_form(problems: Dataset, arguments: ProblemArguments) -> Dataset:
 
     def form(row: dict) -> dict:
         prompt = as_prompt(row, script)
-        return {"prompt": prompt if arguments.system_prompt is not None else prompt[1:]}
+        is_added = isinstance(row["prompt"], str) and arguments.system_prompt is None
+        return {"prompt": prompt[1:] if is_added else prompt}
 
     return problems.map(form, desc="prompts")

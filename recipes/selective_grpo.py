@@ -88,6 +88,14 @@ class RecipeArguments(ScriptArguments):
     )
 
 
+def load_rewards(arguments: ScriptArguments, args: SelectiveGuidanceGRPOConfig) -> list[Callable]:
+    """The reward functions. `correctness_reward` may name one as `reward_funcs` does."""
+    rewards = {name: load_reward(name) for name in arguments.reward_funcs or ()}
+    if args.correctness_reward in rewards:
+        args.correctness_reward = rewards[args.correctness_reward].__name__
+    return [rewards[name] for name in arguments.reward_funcs or ()]
+
+
 def load_reward(name: str) -> Callable:
     """A reward function by its short name, or by its dotted path from the working directory or any importable place."""
     if name in REWARD_FUNCS:
@@ -181,7 +189,7 @@ def make_trainer(
     eval_dataset = None
     if args.eval_strategy != "no":
         eval_dataset = choose_split(splits, arguments.dataset_test_split, "dataset_test_split")
-    reward_funcs = [load_reward(name) for name in arguments.reward_funcs or ()]
+    reward_funcs = load_rewards(arguments, args)
     try:
         return SelectiveGuidanceGRPOTrainer(
             model=model.model_name_or_path,

@@ -1,6 +1,7 @@
 """What the config accepts and fills in. What it refuses and warns about stands in the table of tests/bad_input/."""
 
 import warnings
+from dataclasses import dataclass
 
 import pytest
 from trl import GRPOConfig, TrlParser
@@ -282,3 +283,21 @@ def test_an_expert_behind_a_server():
     assert (args.expert_model_server_patience, args.guided_sampler) == (600.0, "auto")
     assert config(**SERVER, guided_importance_correction="token_truncate").temperature == 1.0
     assert config(**SERVER, guided_sampler="coin", temperature=0.7).temperature == 0.7
+
+
+def test_what_is_in_effect_is_the_same_for_a_config_that_adds_settings():
+    @dataclass
+    class Larger(SelectiveGuidanceGRPOConfig):
+        extra: int = 0
+
+    settings = {**GUIDED, "preset": "mentor_corrected"}
+    assert Larger("out", **settings).in_effect() == config(**settings).in_effect()
+    assert config(**settings).in_effect()["guidance_weight_max"] == 0.9
+
+
+@pytest.mark.parametrize(("first_token_from_expert", "warns"), [(False, False), (True, True)])
+def test_a_cap_bounds_no_ratio_of_a_token_that_is_the_experts_alone(first_token_from_expert, warns):
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always")
+        config(**GUIDED, preset="mentor_corrected", first_token_from_expert=first_token_from_expert)
+    assert any("truncates nothing" in str(warning.message) for warning in caught) == warns

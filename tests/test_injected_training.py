@@ -713,6 +713,18 @@ def test_one_function_may_decide_what_is_right(tmp_path, correctness_reward, sha
     assert trainer.batches[0].injection.fired == {"group_failed": share}
 
 
+def test_a_range_that_divides_nothing_is_not_asked_for(tmp_path):
+    """Inside the group's baseline, with a function that says what is correct. (What is said is an error here.)"""
+
+    def big(completions, **kwargs):
+        return [10.0 * (index % 4 == 0) for index in range(len(completions))]
+
+    options = {"preset": "luffy", "guidance_schedule": None, "guidance_steps": None, "reward_funcs": big}
+    trained(tmp_path / "a", **options, correctness_reward="big", max_steps=1)
+    with pytest.warns(UserWarning, match="Reward function 'big' gives 10, but with reward_range unset"):
+        trained(tmp_path / "b", **options, max_steps=1)
+
+
 def test_completions_are_accepted_by_the_range_of_their_group(tmp_path):
     """A function that scores rollouts and not completions is in the range of both: 1 of 2 is not more than half."""
 

@@ -241,6 +241,12 @@ def test_settings_are_shown_without_keys(shown):
     assert args.model_init_kwargs["token"] == "hf_secret-2"  # which loads the model
 
 
+def test_a_preset_is_told_without_keys():
+    args = SelectiveGuidanceGRPOConfig("out", use_cpu=True, bf16=False, num_generations=8, preset="mentor", **KEYS)
+    assert "secret" not in args.preset_in_words()
+    assert "float32" in args.preset_in_words()
+
+
 @pytest.mark.parametrize("status", [301, 302, 303, 307, 308])
 @pytest.mark.parametrize("kind", ["guide", "writer"])
 def test_a_redirect_is_not_followed_and_takes_no_key_along(monkeypatch, status, kind):

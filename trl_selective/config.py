@@ -173,10 +173,11 @@ class SelectiveGuidanceGRPOConfig(GRPOConfig):
             Optimizer steps until alpha is 0. Up to 1, a share of all training steps; `inf` keeps alpha where it starts.
         reward_range (`float`, *optional*):
             Span of the total reward, which divides guided advantages. When unset, the sum of the absolute weights of the reward functions
-            that scored the rollout: each is taken to span [0, 1].
+            that scored any rollout of the group: each is taken to span [0, 1].
         correctness_reward (`str`, *optional*):
-            Name of the reward function that tells right from wrong: a rollout counts as correct if it gives more than 0.5. When unset, if
-            the total reward exceeds half of its span. What is correct decides which groups have failed (`injection_trigger`), and is logged.
+            Name of the reward function that tells right from wrong: a rollout counts as correct if it gives more than 0.5. When unset, and
+            where it gives `None`, if the total reward exceeds half of its span. What is correct decides which groups have failed
+            (`injection_trigger`), and is logged.
         guided_importance_correction (`str`, *optional*, defaults to `"none"`):
             Weight of guided tokens for having been drawn from the mixture: `"none"` (the paper), pi_theta_old / pi_mix of each token
             (`"token_truncate"`, `"token_mask"`), or their product over the completion (`"sequence_truncate"`, `"sequence_mask"`).
@@ -670,7 +671,8 @@ class SelectiveGuidanceGRPOConfig(GRPOConfig):
     def _warn_unbounded(self) -> None:
         """A correction that asks for a bound, and has none."""
         guided, injected = self.guided_importance_correction, self.injection_correction
-        is_bounded = guided == "token_truncate" and self.guidance_weight_max < 1  # by 1 / (1 - w_max)
+        is_capped = self.guidance_weight_max < 1 and not self.first_token_from_expert
+        is_bounded = guided == "token_truncate" and is_capped  # by 1 / (1 - w_max)
         used = {
             "guided_importance_correction": (
                 guided,
@@ -689,8 +691,10 @@ class SelectiveGuidanceGRPOConfig(GRPOConfig):
     def in_effect(self) -> dict[str, Any]:
         """The settings of guidance that are set and do something, in their order."""
         idle = {name for _, applies, names in self._idle_settings() if applies for name in names}
-        names = [name for name in type(self).__annotations__ if name in GUIDANCE_FIELDS - idle]
-        return {name: value for name in names if (value := getattr(self, name)) is not None}
+        settings = _without_tokens({option.name: getattr(self, option.name) for option in fields(self)})
+        return {
+            name: value for name, value in settings.items() if name in GUIDANCE_FIELDS - idle and value is not None
+        }
 
     def preset_in_words(self) -> str:
         """What a preset has set, and what its paper has beside it that is otherwise here."""

@@ -798,12 +798,13 @@ class SelectiveGuidanceGRPOTrainer(GRPOTrainer):
 
     def _warn_of_rewards(self, rewards_per_func: torch.Tensor, rewards: torch.Tensor, verdicts: torch.Tensor) -> None:
         """Of rewards that do not fit `reward_range` and `correctness_reward`, once each."""
-        names, problems = self.reward_func_names, {}
-        if self.args.reward_range is None:
+        args, names, problems = self.args, self.reward_func_names, {}
+        divides = self._batch.num_guided or args.injection_advantage == "positive_excess"
+        if args.reward_range is None and (divides or args.correctness_reward is None):
             problems["reward_range"] = unit_problem(rewards_per_func, self.reward_weights, names)
-        elif self.args.correctness_reward is None:
-            problems["reward_range"] = range_problem(rewards, self.args.reward_range)
-        if self.args.correctness_reward is None:
+        elif args.reward_range is not None and args.correctness_reward is None:
+            problems["reward_range"] = range_problem(rewards, args.reward_range)
+        if args.correctness_reward is None:
             problems["correctness_reward"] = verdict_problem(rewards, verdicts, names)
         for setting, problem in problems.items():
             if problem:

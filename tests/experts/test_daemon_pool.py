@@ -1,9 +1,11 @@
 """The pool does what the library's does, but for the threads that it leaves."""
 
+import gc
 import subprocess
 import sys
 import threading
 import time
+import weakref
 from concurrent.futures import wait
 
 import pytest
@@ -83,7 +85,20 @@ import time
 from trl_selective.experts.daemon_pool import DaemonPool
 pool = DaemonPool(1, "waits")
 pool.submit(time.sleep, 3600)
-time.sleep(0.1)
+print("it is called")
 {end}
 """
-    subprocess.run([sys.executable, "-c", code], timeout=60, capture_output=True, check=False)
+    done = subprocess.run([sys.executable, "-c", code], timeout=60, capture_output=True, check=False, text=True)
+    assert done.stdout == "it is called\n"
+    assert ("KeyboardInterrupt" in done.stderr) == bool(end) == bool(done.returncode)
+
+
+def test_an_idle_thread_holds_no_result(name):
+    class Result:
+        pass
+
+    pool = DaemonPool(1, name)
+    held = weakref.ref(pool.submit(Result).result())
+    pool.submit(int).result()
+    gc.collect()
+    assert held() is None

@@ -146,10 +146,16 @@ def test_right_is_what_has_more_than_half_of_its_own_span():
 
 def test_right_is_what_the_deciding_function_says():
     """Of accuracy, and two formats that are always there, accuracy decides: also without a weight, and where another gives nothing."""
-    rewards = torch.tensor([[0.0, 1.0, 1.0], [1.0, 0.0, 0.0], [0.5, 1.0, 1.0], [NAN, 1.0, 1.0], [1.0, NAN, NAN]])
+    rewards = torch.tensor([[0.0, 1.0, 1.0], [1.0, 0.0, 0.0], [0.5, 1.0, 1.0], [1.0, NAN, NAN]])
     for weights in (torch.ones(3), torch.tensor([0.0, 1.0, 1.0])):
-        assert is_correct(rewards, weights, 3.0, deciding=0).tolist() == [False, True, False, False, True]
-    assert is_correct(rewards, torch.ones(3), 3.0).tolist() == [True, False, True, True, False]  # by the total
+        assert is_correct(rewards, weights, 3.0, deciding=0).tolist() == [False, True, False, True]
+    assert is_correct(rewards, torch.ones(3), 3.0).tolist() == [True, False, True, False]  # by the total
+
+
+def test_where_the_deciding_function_says_nothing_the_total_decides():
+    """Rows of another task, which has a function of its own."""
+    rewards = torch.tensor([[NAN, 0.9], [NAN, 0.4], [NAN, NAN]])
+    assert is_correct(rewards, torch.ones(2), 1.0, deciding=0).tolist() == [True, False, False]
 
 
 def test_each_row_may_have_its_own_range():

@@ -68,7 +68,12 @@ FUNCTIONAL = [
             "the span of a function that scored some rows is left out",
         ),
         ("> reward_range / 2", "> 0", "any reward counts as right"),
-        ("rewards_per_func[:, deciding] > 0.5", "rewards_per_func[:, deciding] > 0", "half right is right"),
+        ("decision > 0.5", "decision > 0", "half right is right"),
+        (
+            "torch.where(decision.isnan(), by_total, decision > 0.5)",
+            "decision > 0.5",
+            "what another function judges is wrong",
+        ),
     ),
     *mutations(
         "functional/diversity.py",

@@ -112,6 +112,27 @@ def test_plain_prompts_for_a_model_with_a_chat_template_are_pointed_out(tmp_path
     assert any(str(warning.message).startswith(said) for warning in caught) == warns
 
 
+@pytest.mark.parametrize("changes", [{}, {"apply_chat_template": "true"}, {"system_prompt": "Walk."}])
+def test_conversations_stay_what_they_are(tmp_path, start, changes):
+    model = tmp_path / "walker"
+    shutil.copytree(EXPERT, model)
+    tokenizer = AutoTokenizer.from_pretrained(model)
+    tokenizer.chat_template = "{% for message in messages %}{{ message['content'] }} {% endfor %}"
+    tokenizer.save_pretrained(model)
+    rows = [{**row, "prompt": [{"role": "user", "content": row["prompt"]}]} for row in path_dataset(2)]
+    write(tmp_path / "chats.jsonl", rows)
+    with warnings.catch_warnings():
+        warnings.filterwarnings("error", "Prompts go to the model as plain texts")
+        lines, _ = start(
+            "chats",
+            model_name_or_path="walker",
+            dataset_name="chats.jsonl",
+            reward_func="my_rewards.unknown",
+            **changes,
+        )
+    assert [line["prompt"][0]["role"] for line in lines] == ["user"] * 2
+
+
 def test_results_beside_a_model_come_into_its_card(tmp_path, start, capsys):
     """In place of earlier ones, as a table and as metadata; what else the card says stays."""
     model = tmp_path / "walker"

@@ -173,6 +173,7 @@ def test_what_is_here_is_looked_at(here, tmp_path):
         (LORA, ["--reward_funcs", "boxed_accuracy", "letters.half"], "boxed_accuracy reads the column 'solution', but the data has only"),
         (LORA, ["--reward_funcs", "boxed_acuracy"], "reward_funcs: got 'boxed_acuracy', expected one of"),
         (LORA, ["--reward_weights", "1"], "reward_weights has 1 entries, expected one for each of the reward_funcs"),
+        (LORA, ["--correctness_reward", "accuracy"], "correctness_reward must be one of the reward functions ["),
         (LORA, ["--prompt_column", "question"], "The dataset has no column 'question'"),
         (LORA, ["--gradient_accumulation_steps", "5"], "steps_per_generation=24 is no multiple of gradient_accumulation_steps=5"),
         (PAPERS[4], [], "train_dataset has no column 'expert_completions'"),
@@ -194,6 +195,13 @@ def test_the_dry_run_from_the_command_line(monkeypatch, capsys):
     report = capsys.readouterr().out
     assert report.startswith("Dry run: nothing is loaded or written.")
     assert "no sharding: fits into 24 GiB at full length" in report  # as the recipe says
+
+
+def test_correctness_reward_may_be_named_as_the_recipe_names_it():
+    """By its short name, which the trainer does not know."""
+    assert "correctness_reward='boxed_accuracy_reward'" in dry_run(
+        *parsed(LORA, "--correctness_reward", "boxed_accuracy")
+    )
 
 
 def test_a_device_may_be_named(monkeypatch):

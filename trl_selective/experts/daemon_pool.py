@@ -39,11 +39,9 @@ def _work(calls: SimpleQueue, idle: Semaphore) -> None:
         future, call = task
         if future.set_running_or_notify_cancel():
             try:
-                result = call()
+                future.set_result(call())
             except BaseException as error:  # noqa: BLE001  whoever asks for the result gets it
                 future.set_exception(error)
-            else:
-                future.set_result(result)
         del task, future, call  # an idle thread holds nothing
         idle.release()
     calls.put(None)  # for the other threads

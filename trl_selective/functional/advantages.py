@@ -127,7 +127,8 @@ def is_correct(
     reward_range: float | Float[Tensor, "rows"],
     deciding: int | None = None,
 ) -> Bool[Tensor, "rows"]:
-    """Which rows are right: those whose total reward exceeds half of its span, or those to which one function gives more than 0.5.
+    """Which rows are right: those to which the deciding function gives more than 0.5; where it gives nothing, and without one, those whose total
+    reward exceeds half of its span.
 
     Args:
         rewards_per_func: NaN where a function does not apply (it returned None).
@@ -135,9 +136,11 @@ def is_correct(
         reward_range: span of the total reward, of all rows or of each.
         deciding: the function that decides, whatever its weight; None for the total reward.
     """
-    if deciding is not None:
-        return rewards_per_func[:, deciding] > 0.5
-    return total_reward(rewards_per_func, reward_weights) > reward_range / 2
+    by_total = total_reward(rewards_per_func, reward_weights) > reward_range / 2
+    if deciding is None:
+        return by_total
+    decision = rewards_per_func[:, deciding]
+    return torch.where(decision.isnan(), by_total, decision > 0.5)
 
 
 def nanstd(values: Float[Tensor, "..."], dim: int, keepdim: bool = False) -> Float[Tensor, "..."]:
