@@ -122,7 +122,7 @@ def test_a_row_that_an_expert_completion_replaced_may_be_longer_than_all_that_st
 def test_each_process_finds_its_own_injected_rows():
     rows = [3, 7, 8, None, 21]
     choices = [Choice(0, ExpertCompletion((2, 1)), "first", float(row or 0), row=row) for row in rows]
-    injection = Injection(choices, verdicts=[], fired={}, num_read=5, num_overlong=0)
+    injection = Injection(choices, effects=[], fired={}, num_read=5, num_overlong=0)
     batch = make_batch(num_generations=4, num_rows=8, injection=injection)
     # 8 rows each: 3 and 7 of the first process, 8 of the second, 21 of the third; one choice stays out
     found = [batch.injected(process_index) for process_index in range(4)]
