@@ -6,6 +6,7 @@ import math
 import os
 import subprocess
 import sys
+import warnings
 from functools import partial
 
 import pytest
@@ -338,6 +339,36 @@ def test_guidance_that_cannot_start_is_named(tmp_path):
         UserWarning, match="Guidance cannot start: no on-policy token was left .*Set entropy_threshold_init"
     ):
         trained(tmp_path, **changes, max_steps=2)
+
+
+@pytest.mark.parametrize(
+    ("settings", "says"),
+    [
+        ({"max_steps": 4, "guidance_steps": 0.5}, None),
+        ({"max_steps": 2, "guidance_steps": 0.5}, "until step 1, and alpha is 0 by step 1"),
+        ({"max_steps": 2, "guidance_steps": 1.0}, None),
+        ({"max_steps": 1, "guidance_steps": 1.0}, "until step 1, and training ends at step 1"),
+        ({"max_steps": 4, "guidance_steps": 0.5, "num_iterations": 2}, "until step 2, and alpha is 0 by step 2"),
+        ({"max_steps": 4, "guidance_steps": 0.75, "num_iterations": 2}, None),
+        (
+            {"max_steps": 4, "guidance_steps": 3, "steps_per_generation": 4},
+            "until step 4, and training ends at step 4",
+        ),
+        ({"max_steps": 4, "guidance_steps": 2, "steps_per_generation": 4, "gradient_accumulation_steps": 4}, None),
+        ({"max_steps": 1, "guidance_steps": 1.0, "entropy_threshold_init": 1.0}, None),
+        ({"max_steps": 1, "guidance_steps": 1.0, "guidance_weighting": "constant"}, None),
+    ],
+)
+def test_a_run_that_is_never_guided_is_named(tmp_path, settings, says):
+    """Before anything is sampled, and no other."""
+    settings = {"entropy_threshold_init": None, "guidance_schedule": "cosine", **settings}
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always")
+        trainer = trained(tmp_path, reward_funcs=length_reward, **settings)
+    said = [str(warning.message) for warning in caught if "No rollout will be guided" in str(warning.message)]
+    assert len(said) == (says is not None)
+    assert all(says in text for text in said)
+    assert bool(logged(trainer, "guidance/expert_drawn")) == (says is None)
 
 
 def test_the_completions_table_says_who_was_guided(tmp_path):

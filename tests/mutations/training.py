@@ -34,6 +34,13 @@ TRAINING = [
     ),
     *mutations(
         "trainer.py",
+        ("args.num_iterations // args.gradient_accumulation_steps", "args.num_iterations", "micro-batches are taken for steps"),
+        ("second >= end or args", "args", "a run that ends with its first batch is not named"),
+        ("args.steps_per_generation * args.num_iterations //", "args.steps_per_generation //", "iterations are left out"),
+        tests=("test_trainer.py::test_a_run_that_is_never_guided_is_named",),
+    ),
+    *mutations(
+        "trainer.py",
         ("rollout.take(self._batch.guided_rows)", "rollout.take(range(len(self._batch.guided_rows)))", "the record of the wrong rows"),
         ("batch.coef,\n                reward_range", "1.0,\n                reward_range", "alpha is not applied in training"),
         tests=("test_trainer.py::test_the_last_rows_of_each_group_are_guided_and_weighed_by_equations_10_and_11",),
