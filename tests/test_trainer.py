@@ -347,7 +347,7 @@ def test_guidance_that_cannot_start_is_named(tmp_path):
         ({"max_steps": 4, "guidance_steps": 0.5}, None),
         ({"max_steps": 2, "guidance_steps": 0.5}, "until step 1, and alpha is 0 by step 1"),
         ({"max_steps": 2, "guidance_steps": 1.0}, None),
-        ({"max_steps": 1, "guidance_steps": 1.0}, "until step 1, and training ends at step 1"),
+        ({"max_steps": 1, "guidance_steps": 10}, "until step 1, and training ends at step 1"),
         ({"max_steps": 4, "guidance_steps": 0.5, "num_iterations": 2}, "until step 2, and alpha is 0 by step 2"),
         ({"max_steps": 4, "guidance_steps": 0.75, "num_iterations": 2}, None),
         (
