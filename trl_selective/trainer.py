@@ -182,7 +182,7 @@ class SelectiveGuidanceGRPOTrainer(GRPOTrainer):
         self._loss_sums: torch.Tensor | None = None  # what `_bind_to_policy` adds up in that micro-batch
         self._last_injected: tuple[list, list] | None = None  # prompts and completions, until the policy was updated
         self._logged_batch: LoggedBatch | None = None  # the last one, until it was written
-        self._warned_of: set[str] = set()  # settings that do not fit the data or the rewards
+        self._warned_of: set[str] = set()  # settings that do not fit the run, its data or its rewards
         self._check_run()
         if needs_expert:
             self._set_up_expert(expert_model, expert_processing_class)
@@ -471,10 +471,10 @@ class SelectiveGuidanceGRPOTrainer(GRPOTrainer):
         second = args.steps_per_generation * args.num_iterations // args.gradient_accumulation_steps
         if second >= end or args.guidance_coef_schedule(end)(second) == 0:
             over = f"training ends at step {end}" if second >= end else f"alpha is 0 by step {second}"
-            warnings.warn(
+            self._warn_once(
+                "entropy_threshold_init",
                 f"No rollout will be guided: the entropy threshold is measured on the first batch, which lasts until step {second}, and {over}. "
                 "Set entropy_threshold_init, raise guidance_steps, or train for longer.",
-                stacklevel=2,
             )
 
     def _guidance_coef(self) -> float:
@@ -811,7 +811,8 @@ class SelectiveGuidanceGRPOTrainer(GRPOTrainer):
                 self._warn_once(setting, problem)
 
     def _warn_once(self, setting: str, problem: str) -> None:
-        if setting not in self._warned_of:
+        """Of something that all processes know, and one of them says."""
+        if self.accelerator.is_main_process and setting not in self._warned_of:
             self._warned_of.add(setting)
             warnings.warn(problem, stacklevel=3)
 
