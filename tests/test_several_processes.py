@@ -45,7 +45,7 @@ def random_run(seed: int) -> dict:
     """Settings that let processes disagree: on what ends when, on who is guided, and on what there is to inject."""
     rng = random.Random(seed)
     guided, injected = rng.choice([(1, 0), (2, 0), (0, 1), (1, 1)])
-    return {
+    run = {
         "seed": seed,
         "num_guided_generations": guided,
         "num_injected_completions": injected,
@@ -67,6 +67,8 @@ def random_run(seed: int) -> dict:
         "ends_at_once": rng.choice([[], [0], [1]]),
         "max_steps": 2,
     }
+    run["mask_truncated_completions"] &= run["overlong_expert_completions"] == "drop"  # else it is refused
+    return run
 
 
 @pytest.mark.slow
