@@ -118,7 +118,7 @@ def check_prompts(dataset: Any, tokenizer: PreTrainedTokenizerBase, has_chat_tem
     Raises:
         ValueError: naming the row and what is wrong with it.
     """
-    if not isinstance(dataset, Dataset) or columns_of(dataset) is None:
+    if not isinstance(dataset, Dataset) or known_columns(dataset) is None:
         return
     if not len(dataset) or "prompt" not in dataset.column_names:
         raise ValueError(
@@ -145,7 +145,7 @@ def _prompt_problem(prompt: Any, tokenizer: PreTrainedTokenizerBase, has_chat_te
     return None
 
 
-def columns_of(dataset: Any) -> list | None:
+def known_columns(dataset: Any) -> list | None:
     """The columns of a dataset; None where only its rows know, those of a stream or of a transform (`with_transform`)."""
     is_made_on_demand = isinstance(dataset, Dataset) and dataset.format["type"] == "custom"
     return None if is_made_on_demand else getattr(dataset, "column_names", None)
@@ -157,7 +157,7 @@ def check_columns(dataset: Any, columns: list[str]) -> None:
     Raises:
         ValueError: naming the column.
     """
-    there = columns_of(dataset)
+    there = known_columns(dataset)
     missing = [name for name in columns if name not in there] if there else []
     if missing:
         raise ValueError(

@@ -39,7 +39,7 @@ from trl_selective.checks import (
     check_prompts,
     check_scored,
     check_shared_base,
-    columns_of,
+    known_columns,
     range_problem,
     refuse_update,
     unit_problem,
@@ -260,7 +260,7 @@ class SelectiveGuidanceGRPOTrainer(GRPOTrainer):
                 self.train_dataset, self._tokenizer, bool(self.chat_template or self._tokenizer.chat_template)
             )
         column = getattr(self.args, "expert_completions_column", None)
-        if not self.num_injected_completions and column in (columns_of(self.train_dataset) or ()):
+        if not self.num_injected_completions and column in (known_columns(self.train_dataset) or ()):
             warnings.warn(
                 f"train_dataset has the column {column!r}, but without effect: num_injected_completions is 0.",
                 stacklevel=3,
@@ -383,7 +383,7 @@ class SelectiveGuidanceGRPOTrainer(GRPOTrainer):
             render=self._render,
         )
         check_columns(self.train_dataset, reader.columns)
-        if isinstance(self.train_dataset, Dataset) and columns_of(self.train_dataset):
+        if isinstance(self.train_dataset, Dataset) and known_columns(self.train_dataset):
             reader.check(self.train_dataset.select_columns(["prompt", *reader.columns]))
 
         def probability(step: float) -> float:
@@ -455,11 +455,11 @@ class SelectiveGuidanceGRPOTrainer(GRPOTrainer):
         if threshold is not None:
             self._metrics["train"]["guidance/entropy_threshold"].append(threshold)
         elif self.state.global_step > 0 and self.args.mask_truncated_completions:
-            warnings.warn(
+            self._warn_once(
+                "mask_truncated_completions",
                 "Guidance cannot start: no on-policy token was left to measure the entropy threshold on, since "
                 "mask_truncated_completions masks completions that do not end. Set entropy_threshold_init, raise max_completion_length, "
                 "or unset mask_truncated_completions.",
-                stacklevel=2,
             )
         elif self.state.global_step == 0:
             self._warn_of_late_start()
@@ -757,11 +757,12 @@ class SelectiveGuidanceGRPOTrainer(GRPOTrainer):
 
     def _is_correct(self, rewards_per_func: torch.Tensor, reward_range: torch.Tensor) -> torch.Tensor:
         """Which rows are right, by group or as they stand, of a range for each group."""
-        name = self.args.correctness_reward
-        deciding = None if name is None else self.reward_func_names.index(name)
-        size = len(rewards_per_func) // len(reward_range)
-        weights = self.reward_weights.to(rewards_per_func.device)
-        return is_correct(rewards_per_func, weights, reward_range.expand(-1, size).flatten(), deciding).view(-1, size)
+        name, weights = self.args.correctness_reward, self.reward_weights.to(rewards_per_func.device)
+        rewards = total_reward(rewards_per_func, weights).view(len(reward_range), -1)
+        if name is None:
+            return is_correct(rewards, reward_range)
+        deciding = self.reward_func_names.index(name)
+        return is_correct(rewards, reward_range, rewards_per_func[:, deciding].view_as(rewards))
 
     def _was_guided(self) -> torch.Tensor:
         """Which rollouts of all processes were guided, by group."""

@@ -136,26 +136,33 @@ def test_the_span_counts_the_functions_that_scored_a_row_of_the_group():
     ]  # of all rows of a group, also of those that the second did not score
 
 
+def right(rewards_per_func, weights, reward_range, deciding=None) -> torch.Tensor:
+    """Of rows that are a group each."""
+    decision = None if deciding is None else rewards_per_func[:, [deciding]]
+    ranges = torch.as_tensor(reward_range).reshape(-1, 1).expand(len(rewards_per_func), 1)
+    return is_correct(total_reward(rewards_per_func, weights).unsqueeze(1), ranges, decision).squeeze(1)
+
+
 def test_right_is_what_has_more_than_half_of_its_own_span():
     rewards = torch.tensor([[0.6, NAN], [0.6, 0.0], [0.5, NAN], [0.4, 0.2], [NAN, NAN], [0.2, 0.9]])
     # totals 0.6, 0.6, 0.5, 0.6, none, 1.1
-    assert is_correct(rewards, torch.ones(2), reward_range=1.0).tolist() == [True, True, False, True, False, True]
+    assert right(rewards, torch.ones(2), reward_range=1.0).tolist() == [True, True, False, True, False, True]
     ranges = torch.tensor([1.0, 2.0, 1.0, 2.0, 1.0, 2.0])
-    assert is_correct(rewards, torch.ones(2), ranges).tolist() == [True, False, False, False, False, True]
+    assert right(rewards, torch.ones(2), ranges).tolist() == [True, False, False, False, False, True]
 
 
 def test_right_is_what_the_deciding_function_says():
     """Of accuracy, and two formats that are always there, accuracy decides: also without a weight, and where another gives nothing."""
     rewards = torch.tensor([[0.0, 1.0, 1.0], [1.0, 0.0, 0.0], [0.5, 1.0, 1.0], [1.0, NAN, NAN]])
     for weights in (torch.ones(3), torch.tensor([0.0, 1.0, 1.0])):
-        assert is_correct(rewards, weights, 3.0, deciding=0).tolist() == [False, True, False, True]
-    assert is_correct(rewards, torch.ones(3), 3.0).tolist() == [True, False, True, False]  # by the total
+        assert right(rewards, weights, 3.0, deciding=0).tolist() == [False, True, False, True]
+    assert right(rewards, torch.ones(3), 3.0).tolist() == [True, False, True, False]  # by the total
 
 
 def test_where_the_deciding_function_says_nothing_the_total_decides():
     """Rows of another task, which has a function of its own."""
     rewards = torch.tensor([[NAN, 0.9], [NAN, 0.4], [NAN, NAN]])
-    assert is_correct(rewards, torch.ones(2), 1.0, deciding=0).tolist() == [True, False, False]
+    assert right(rewards, torch.ones(2), 1.0, deciding=0).tolist() == [True, False, False]
 
 
 def test_each_row_may_have_its_own_range():

@@ -122,25 +122,20 @@ def reward_span(
 
 
 def is_correct(
-    rewards_per_func: Float[Tensor, "rows funcs"],
-    reward_weights: Float[Tensor, "funcs"],
-    reward_range: float | Float[Tensor, "rows"],
-    deciding: int | None = None,
-) -> Bool[Tensor, "rows"]:
+    rewards: Float[Tensor, "groups rows"],
+    reward_range: float | Float[Tensor, "groups #rows"],
+    decision: Float[Tensor, "groups rows"] | None = None,
+) -> Bool[Tensor, "groups rows"]:
     """Which rows are right: those to which the deciding function gives more than 0.5; where it gives nothing, and without one, those whose total
     reward exceeds half of its span.
 
     Args:
-        rewards_per_func: NaN where a function does not apply (it returned None).
-        reward_weights: one weight per function.
-        reward_range: span of the total reward, of all rows or of each.
-        deciding: the function that decides, whatever its weight; None for the total reward.
+        rewards: total rewards, NaN where no function gave one.
+        reward_range: their span, of all rows, of each group or of each row.
+        decision: what the deciding function gave, whatever its weight, NaN where it does not apply; None for the total reward.
     """
-    by_total = total_reward(rewards_per_func, reward_weights) > reward_range / 2
-    if deciding is None:
-        return by_total
-    decision = rewards_per_func[:, deciding]
-    return torch.where(decision.isnan(), by_total, decision > 0.5)
+    by_total = rewards > reward_range / 2
+    return by_total if decision is None else torch.where(decision.isnan(), by_total, decision > 0.5)
 
 
 def nanstd(values: Float[Tensor, "..."], dim: int, keepdim: bool = False) -> Float[Tensor, "..."]:

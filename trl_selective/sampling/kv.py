@@ -28,16 +28,18 @@ OPTIONAL_ARGUMENTS = {"position_ids", "logits_to_keep"}  # passed to a model's f
 def can_forget_tokens(config: PretrainedConfig) -> bool:
     """Whether the model's cache can mask out rejected tokens: full attention in every layer, by positions. No sliding window, no recurrent
     state, no distances counted in columns."""
-    return config.model_type not in COUNT_COLUMNS and all(
-        type(layer) is DynamicLayer for layer in DynamicCache(config=config).layers
-    )
+    return config.model_type not in COUNT_COLUMNS and _layer_kinds(config) <= {DynamicLayer}
 
 
 def loses_its_state(config: PretrainedConfig) -> bool:
     """Whether the model may start anew at a block of several tokens that goes on from a cache, as several with recurrent layers do, some only in
     older versions of Transformers. Single tokens are what they were made for."""
-    of_attention = (DynamicLayer, DynamicSlidingWindowLayer)
-    return not all(type(layer) in of_attention for layer in DynamicCache(config=config).layers)
+    return not _layer_kinds(config) <= {DynamicLayer, DynamicSlidingWindowLayer}
+
+
+def _layer_kinds(config: PretrainedConfig) -> set[type]:
+    """Of the cache that Transformers makes for this model."""
+    return {type(layer) for layer in DynamicCache(config=config).layers}
 
 
 def optional_arguments(model: nn.Module) -> set[str]:
