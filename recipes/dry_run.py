@@ -19,7 +19,7 @@ from transformers import AutoConfig, PreTrainedConfig
 from trl import ModelConfig, get_peft_config
 
 from trl_selective import SelectiveGuidanceGRPOConfig
-from trl_selective.checks import check_columns, check_correctness_reward
+from trl_selective.checks import check_columns
 from trl_selective.config import TRUNCATED
 from trl_selective.memory import (
     GIB,
@@ -30,6 +30,7 @@ from trl_selective.memory import (
     num_adapter_parameters,
     rollout_bytes_per_token,
 )
+from trl_selective.reward_scale import check_correctness_reward
 
 ARCHITECTURES = Path(__file__).with_name("architectures.yaml")
 PROMPT_TOKENS = 1024  # the paper's limit of prompts

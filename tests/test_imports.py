@@ -17,6 +17,8 @@ MODULES = sorted((ROOT / "trl_selective").rglob("*.py"))
 # From the ground up: a module imports from its own part and from those before it.
 PARTS = [
     "functional",
+    "reward_scale",
+    "loss_inputs",
     "memory",
     "rollout",
     "grading",
@@ -37,6 +39,7 @@ PARTS = [
     "config",
     "checks",
     "sharding",
+    "assembly",
     "rewards",
     "evaluation",
     "reporting",

@@ -49,10 +49,10 @@ def test_the_hook_that_is_bound_by_name():
 
 def test_every_override_exists_in_trl():
     """A hook that TRL renames would be a method that nobody calls."""
-    own = {"_settings_in_use", "_needs_expert", "_check_run", "_set_up_expert", "_expert_behind_server", "_expert_on_base", "_set_up_guidance", "_coins_in_the_engine", "_local_sampler", "_vllm_sampler", "_set_up_injection", "_render", "_initial_policy",
+    own = {"_settings_in_use", "_check_run", "_set_up_expert", "_set_up_guidance", "_coins_in_the_engine", "_set_up_injection", "_render",
            "_sum_over_processes", "_plan_batch", "_entropy_threshold", "_guidance_coef", "_can_sample_together", "_sample_guided", "whole_policy", "_expert_at_hand", "_inject",
            "_score_completions", "_expert_logps", "_decode", "_policy_logps", "_log_last_injected", "_behaviour_logps", "_log_columns",
-           "_rewards", "_total_rewards", "_reward_range", "_is_correct", "_warn_of_rewards", "_warn_once", "_warn_of_late_start", "_was_guided", "_apply_guidance", "_label_rows", "_bind_to_policy", "_log_batch",
+           "_rewards", "_warn_once", "_was_guided", "_apply_guidance", "_label_rows", "_log_batch",
            "_rollout_metrics", "_injection_metrics", "_batch_as_logged", "_training_run", "_save_picture"}  # fmt: skip
     ours = {name for name, value in vars(SelectiveGuidanceGRPOTrainer).items() if inspect.isfunction(value)} - own
     assert not {name for name in ours if not hasattr(GRPOTrainer, name)}
@@ -161,7 +161,7 @@ def test_what_reward_functions_log_waits_in_two_dicts(trainer):
 
 
 def test_the_loss_reads_advantages_and_old_log_probs_after_its_forward(trainer, monkeypatch):
-    """trainer.py: `_bind_to_policy` writes both into the inputs while the loss waits for its forward."""
+    """loss_inputs.py: `bind_to_policy` writes both into the inputs while the loss waits for its forward."""
     trainer.model.train()
     inputs = trainer._prepare_inputs(next(iter(trainer.get_train_dataloader())))
     before = trainer._compute_loss(trainer.model, inputs)

@@ -9,7 +9,6 @@ from peft import PeftModel
 from torch import Tensor, nn
 from transformers import GenerationConfig, PreTrainedTokenizerBase
 
-ROUNDING = 1e-5  # by which a sum of weighted rewards may be off
 # Settings of a generation config that change the law of a token or end a completion, beside those that TRL sets itself, with the values
 # at which they do nothing (None always does nothing).
 NEUTRAL: dict[str, Any] = {
@@ -217,70 +216,20 @@ def check_scored(logps: Sequence[Tensor], prompts: Sequence[Any]) -> None:
             )
 
 
-def check_correctness_reward(name: str, reward_func_names: Sequence[str]) -> None:
-    """Refuse a `correctness_reward` that is no reward function.
-
-    Raises:
-        ValueError: naming those that are.
-    """
-    if name not in reward_func_names:
-        raise ValueError(
-            f"correctness_reward must be one of the reward functions {list(reward_func_names)}, got {name!r}. A function that shall decide and "
-            "not count may have the weight 0 in reward_weights."
-        )
-
-
-def unit_problem(rewards_per_func: Tensor, reward_weights: Tensor, names: Sequence[str]) -> str | None:
-    """What is wrong with taking each reward function to span [0, 1], as an unset `reward_range` does, if anything is.
+def late_start_problem(args: Any, max_steps: int) -> str | None:
+    """What keeps all rollouts from being guided, if anything does: guidance is over before the first batch that could be, the second one.
 
     Args:
-        rewards_per_func: (rows, functions), NaN where a function gave None.
-        reward_weights: (functions,); those of weight 0 do not count.
-        names: of the functions.
+        args: a `SelectiveGuidanceGRPOConfig` with which the first batch measures the entropy threshold.
+        max_steps: of the run.
     """
-    for name, weight, rewards in zip(names, reward_weights.tolist(), rewards_per_func.unbind(1), strict=True):
-        outside = rewards[(rewards < -ROUNDING) | (rewards > 1 + ROUNDING)]
-        if weight and len(outside):
-            return (
-                f"Reward function {name!r} gives {outside[0].item():g}, but with reward_range unset each is taken to span [0, 1]: guided and "
-                "injected rows count too much or too little, and a rollout is correct above half of that span. Set reward_range to the span of "
-                "the total reward; and where it does not begin at 0, correctness_reward to the function that tells right from wrong."
-            )
-    return None
-
-
-def range_problem(rewards: Tensor, reward_range: float) -> str | None:
-    """What is wrong with calling those correct that have more than half of a `reward_range` that was set, if anything is.
-
-    Args:
-        rewards: total rewards, any shape, NaN where no function gave one.
-        reward_range: their span.
-    """
-    outside = rewards[(rewards < -ROUNDING) | (rewards > reward_range * (1 + ROUNDING))]
-    if not len(outside):
+    second = args.steps_per_generation * args.num_iterations // args.gradient_accumulation_steps
+    if second < max_steps and args.guidance_coef_schedule(max_steps)(second) > 0:
         return None
+    over = f"training ends at step {max_steps}" if second >= max_steps else f"alpha is 0 by step {second}"
     return (
-        f"A rollout has the total reward {outside[0].item():g}, but those with more than half of reward_range={reward_range:g} are taken to be "
-        "correct, as if rewards lay between 0 and it. Set reward_range to their span; and where they do not begin at 0, correctness_reward to the "
-        "function that tells right from wrong."
-    )
-
-
-def verdict_problem(rewards: Tensor, is_correct: Tensor, names: Sequence[str]) -> str | None:
-    """What speaks against the verdict "correct" by the total reward, if anything does: all rollouts get it, although they differ.
-
-    Args:
-        rewards, is_correct: of rollouts, any shape; rewards are NaN where no function gave one.
-        names: of the reward functions.
-    """
-    is_scored = ~rewards.isnan()
-    scored = rewards[is_scored]
-    if len(names) < 2 or not len(scored) or not is_correct[is_scored].all() or scored.min() == scored.max():
-        return None
-    return (
-        f"All rollouts of a batch count as correct, since their total rewards ({scored.min().item():g} to {scored.max().item():g}) exceed half "
-        f"of reward_range: no group has failed, and none can be rescued. If that is not so, set correctness_reward to that of {list(names)} "
-        "which tells right from wrong."
+        f"No rollout will be guided: the entropy threshold is measured on the first batch, which lasts until step {second}, and {over}. Set "
+        "entropy_threshold_init, raise guidance_steps, or train for longer."
     )
 
 

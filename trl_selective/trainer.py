@@ -4,7 +4,6 @@ Nothing of TRL is copied: every override does its part before or after `super()`
 `functional/`, the sampling in `sampling/`.
 """
 
-import copy
 import inspect
 import logging
 import os
@@ -28,47 +27,34 @@ from trl.generation import vllm_generation
 from trl.models.utils import unwrap_model_for_generation
 from trl.trainer.utils import is_async_callable
 
+from trl_selective.assembly import make_expert, make_injector, make_local_sampler, make_vllm_sampler, needs_expert
 from trl_selective.checkpoints import checkpoint_to_resume, way_on
 from trl_selective.checks import (
     check_arguments,
     check_columns,
-    check_correctness_reward,
-    check_expert_argument,
     check_generation_config,
     check_model_rewards,
     check_prompts,
     check_scored,
-    check_shared_base,
     known_columns,
-    range_problem,
+    late_start_problem,
     refuse_update,
-    unit_problem,
-    verdict_problem,
 )
 from trl_selective.config import TRUNCATED, SelectiveGuidanceGRPOConfig
-from trl_selective.engines.coin import Coin
-from trl_selective.engines.engine import LocalEngine, ServedEngine, check_version
-from trl_selective.engines.sampler import VllmCoinSampler, choose_sentinel
+from trl_selective.engines.engine import check_version
+from trl_selective.engines.sampler import VllmCoinSampler
 from trl_selective.experts import (
-    CompletionReader,
     Expert,
     ExpertServer,
-    check_expert,
     completion_logps,
-    connect_expert,
     evaluation_mode,
-    load_adapter_tokenizer,
-    load_expert,
-    load_expert_tokenizer,
     on_device,
-    share_base,
-    with_own_forwards,
 )
-from trl_selective.functional.advantages import is_correct, mixed_group_advantages, reward_span, total_reward
-from trl_selective.functional.importance import injected_importance_weight
+from trl_selective.functional.advantages import mixed_group_advantages, total_reward
 from trl_selective.grading import watched
 from trl_selective.guided_batch import GuidedBatch
-from trl_selective.injection import Injection, Injector, SampledBatch
+from trl_selective.injection import Injection, SampledBatch
+from trl_selective.loss_inputs import LossSums, bind_to_policy
 from trl_selective.reporting.card import TrainingRun, add_evaluation, extend_card
 from trl_selective.reporting.card_method import method
 from trl_selective.reporting.dynamics import save_training_dynamics
@@ -82,10 +68,11 @@ from trl_selective.reporting.metrics import (
     rollout_sums,
 )
 from trl_selective.reporting.rollouts import LoggedBatch, rollout_rows, write_rollouts
+from trl_selective.reward_scale import RewardScale
 from trl_selective.rollout import GuidedRollout
-from trl_selective.sampling import GuidedSampler, make_sampler
-from trl_selective.selection import Selector, Trigger, make_selector, make_trigger
-from trl_selective.sharding import check_gathers, check_second_models, check_whole, loading_whole, unsharded
+from trl_selective.sampling import GuidedSampler
+from trl_selective.selection import Selector, Trigger
+from trl_selective.sharding import check_gathers, check_second_models, unsharded
 from trl_selective.state import STATE_FILE, saved_state, write_state
 from trl_selective.threshold import EntropyThreshold
 from trl_selective.trl_versions import warn_of_newer_trl
@@ -165,7 +152,7 @@ class SelectiveGuidanceGRPOTrainer(GRPOTrainer):
         if self._settings_in_use():  # what TRL's card and tags name; without guidance they are GRPO's
             self._name, self._paper = method(args)
             self._tag_names = [*super()._tag_names, "selective-guidance"]
-        needs_expert = self._needs_expert(args, bound.arguments, expert_model)
+        has_expert = needs_expert(args, bound.arguments, expert_model)
         if not self.num_injected_completions and (injection_trigger or injection_selector):
             warnings.warn(
                 "injection_trigger or injection_selector is given, but without effect: num_injected_completions is 0. Set it in a "
@@ -179,12 +166,20 @@ class SelectiveGuidanceGRPOTrainer(GRPOTrainer):
 
         self._batch: GuidedBatch | None = None  # while a guided batch is generated and scored
         self._loss_inputs: dict | None = None  # while the loss of a micro-batch is computed
-        self._loss_sums: torch.Tensor | None = None  # what `_bind_to_policy` adds up in that micro-batch
+        self._loss_sums: torch.Tensor | None = None  # what `bind_to_policy` adds up in that micro-batch
         self._last_injected: tuple[list, list] | None = None  # prompts and completions, until the policy was updated
         self._logged_batch: LoggedBatch | None = None  # the last one, until it was written
         self._warned_of: set[str] = set()  # settings that do not fit the run, its data or its rewards
         self._check_run()
-        if needs_expert:
+        if self._settings_in_use():
+            self._scale = RewardScale(
+                self.reward_func_names,
+                self.reward_weights,
+                self.num_generations,
+                args.reward_range,
+                args.correctness_reward,
+            )
+        if has_expert:
             self._set_up_expert(expert_model, expert_processing_class)
         if self.num_guided_generations:
             self._set_up_guidance()
@@ -198,34 +193,6 @@ class SelectiveGuidanceGRPOTrainer(GRPOTrainer):
     def _settings_in_use(self) -> list[str]:
         """The kinds of guidance that are on, by the setting that turns them on."""
         return [name for name in ("num_guided_generations", "num_injected_completions") if getattr(self, name)]
-
-    def _needs_expert(self, args: GRPOConfig, arguments: dict, expert_model) -> bool:
-        """Whether an expert model has to be set up. What is missing is refused; what has no use is named."""
-        shares_base = getattr(args, "expert_model_shares_base", False)
-        is_given = expert_model is not None or shares_base
-
-        def check(need: str, way_out: str) -> None:
-            if shares_base:
-                check_shared_base(arguments, expert_model)
-            else:
-                check_expert_argument(arguments, expert_model, need, way_out)
-
-        if self.num_guided_generations:
-            check("num_guided_generations > 0", "set num_guided_generations=0 for plain GRPO")
-            return True
-        if self.num_injected_completions and args.injection_correction in TRUNCATED:
-            if is_given or args.expert_logprobs_column is None:
-                check(
-                    f"injection_correction={args.injection_correction!r} without an expert_logprobs_column",
-                    "set expert_logprobs_column, or use 'policy_shaping'",
-                )
-            return is_given
-        if is_given:
-            warnings.warn(
-                "An expert is given, but without effect: num_guided_generations is 0. Set it in a SelectiveGuidanceGRPOConfig.",
-                stacklevel=3,
-            )
-        return False
 
     @contextmanager
     def _coins_in_the_engine(self) -> Iterator[None]:
@@ -253,8 +220,6 @@ class SelectiveGuidanceGRPOTrainer(GRPOTrainer):
                 )
             check_gathers(self.accelerator, self.args.ds3_gather_for_generation, f"{setting} > 0")
             check_second_models(self.accelerator, self.args)
-        if (name := getattr(self.args, "correctness_reward", None)) is not None:
-            check_correctness_reward(name, self.reward_func_names)
         if self._settings_in_use():
             check_prompts(
                 self.train_dataset, self._tokenizer, bool(self.chat_template or self._tokenizer.chat_template)
@@ -267,50 +232,16 @@ class SelectiveGuidanceGRPOTrainer(GRPOTrainer):
             )
 
     def _set_up_expert(self, expert_model, expert_processing_class) -> None:
-        args = self.args
         self.expert_model: Expert | ExpertServer
-        if args.expert_model_server_url is not None:
-            self.expert_model = self._expert_behind_server(expert_model, expert_processing_class)
-            self._shared_vocab_size = self.expert_model.vocab_size
-            return
-        source = {
-            "revision": args.expert_model_revision,
-            "init_kwargs": args.expert_model_init_kwargs,
-            "trust_remote_code": args.trust_remote_code,
-        }
-        if args.expert_model_shares_base:
-            adapter = expert_model or None
-            self.expert_model = self._expert_on_base(adapter)
-            del source["init_kwargs"]  # refused, since nothing is loaded with them
-            tokenizer = expert_processing_class or (load_adapter_tokenizer(adapter, **source) if adapter else None)
-        else:
-            check_whole(self.accelerator, expert_model)
-            with loading_whole(self.accelerator):
-                self.expert_model = load_expert(
-                    expert_model, self.accelerator.device, **source, offload=args.expert_model_offload
-                )
-            tokenizer = expert_processing_class or load_expert_tokenizer(self.expert_model, **source)
-        self._shared_vocab_size = check_expert(self.expert_model, tokenizer, self._tokenizer, self.eos_token_ids)
-
-    def _expert_behind_server(self, name: str, tokenizer) -> ExpertServer:
-        args = self.args
-        return connect_expert(
-            args.expert_model_server_url,
-            name,
+        self.expert_model, self._shared_vocab_size = make_expert(
+            self.args,
+            expert_model,
+            expert_processing_class,
+            self.model,
             self._tokenizer,
-            expert_tokenizer=tokenizer,
-            eos_token_ids=self.eos_token_ids,
-            max_completion_length=self.max_completion_length,
-            temperature=self.temperature,
-            patience=args.expert_model_server_patience,
-            scores=args.guided_importance_correction != "none",
+            self.eos_token_ids,
+            self.accelerator,
         )
-
-    def _expert_on_base(self, adapter: str | os.PathLike | None) -> Expert:
-        """The policy's base model, with `adapter` on it, in the precision that the policy computes in."""
-        expert = share_base(self.model, adapter, revision=self.args.expert_model_revision)
-        expert = load_expert(expert, self.accelerator.device)
-        return self.accelerator.prepare_model(expert, evaluation_mode=True)
 
     def _expert_at_hand(self) -> AbstractContextManager:
         """The expert where it is used."""
@@ -320,7 +251,15 @@ class SelectiveGuidanceGRPOTrainer(GRPOTrainer):
     def _set_up_guidance(self) -> None:
         args = self.args
         check_generation_config(self.model.generation_config)
-        self._sampler = self._vllm_sampler() if self.use_vllm else self._local_sampler()
+        models, tokenizer = (self.model, self.expert_model, self._shared_vocab_size), self._tokenizer
+        self._sampler: GuidedSampler | VllmCoinSampler
+        if self.use_vllm:
+            # On-policy rows end where guided ones do: the engine knows neither an end token set here, nor those of a model that was changed here.
+            self.vllm_generation.generation_kwargs["stop_token_ids"] = sorted(self.eos_token_ids)
+            llm = getattr(self.vllm_generation, "llm", None)  # a server has none
+            self._sampler = make_vllm_sampler(args, llm, *models, tokenizer, self.eos_token_ids)
+        else:
+            self._sampler = make_local_sampler(args, *models, tokenizer.pad_token_id, self.accelerator)
         self._threshold = EntropyThreshold(
             self.model.config.get_text_config().vocab_size,
             quantile=args.entropy_quantile,
@@ -329,78 +268,27 @@ class SelectiveGuidanceGRPOTrainer(GRPOTrainer):
             sum_over_processes=self._sum_over_processes,
         )
 
-    def _local_sampler(self) -> GuidedSampler:
-        args = self.args
-        return make_sampler(
-            args.guided_sampler,
-            self._initial_policy() if args.mixture_policy == "initial" else self.model,
-            self.expert_model,
-            draft_length=args.draft_length,
-            max_draft_length=args.max_draft_length,
-            weighting=args.guidance_weighting,
-            max_weight=args.guidance_weight_max,
-            vocab_size=self._shared_vocab_size,
-            pad_token_id=self._tokenizer.pad_token_id,
-            first_token_from_expert=args.first_token_from_expert,
-        )
-
-    def _vllm_sampler(self) -> VllmCoinSampler:
-        args, expert = self.args, self.expert_model
-        # On-policy rows end where guided ones do: the engine knows neither an end token set here, nor those of a model that was changed here.
-        self.vllm_generation.generation_kwargs["stop_token_ids"] = sorted(self.eos_token_ids)
-        engine: LocalEngine | ServedEngine
-        if args.vllm_mode == "colocate":
-            engine = LocalEngine(self.vllm_generation.llm)
-        else:
-            address = args.vllm_server_base_url or f"http://{args.vllm_server_host}:{args.vllm_server_port}"
-            engine = ServedEngine(address)
-        head_size = self.model.config.get_text_config().vocab_size
-        expert_size = (
-            expert.vocab_size if isinstance(expert, ExpertServer) else expert.config.get_text_config().vocab_size
-        )
-        vocab_size = min(head_size, expert_size, self._shared_vocab_size)
-        sentinel = choose_sentinel(head_size, vocab_size, self._tokenizer, self.eos_token_ids)
-        return VllmCoinSampler(
-            engine,
-            self.model,
-            expert,
-            Coin(args.guidance_weighting, 0.0, float(args.guidance_weight_max), vocab_size, sentinel),
-            pad_token_id=self._tokenizer.pad_token_id,
-            first_token_from_expert=args.first_token_from_expert,
-        )
-
     def _set_up_injection(self, trigger: Trigger | None, selector: Selector | None) -> None:
         args = self.args
-        reader = CompletionReader(
-            self._tokenizer,
-            eos_token_ids=sorted(self.eos_token_ids, key=lambda token: token != self._tokenizer.eos_token_id),
-            max_completion_length=self.max_completion_length,
-            completions_column=args.expert_completions_column,
-            logprobs_column=args.expert_logprobs_column,
-            sources_column=args.expert_sources_column,
-            overlong=args.overlong_expert_completions,
-            needs_logprobs=args.injection_correction in TRUNCATED and not hasattr(self, "expert_model"),
-            render=self._render,
-        )
-        check_columns(self.train_dataset, reader.columns)
-        if isinstance(self.train_dataset, Dataset) and known_columns(self.train_dataset):
-            reader.check(self.train_dataset.select_columns(["prompt", *reader.columns]))
 
         def probability(step: float) -> float:
             return args.injection_probability_by_step(self.state.max_steps)(step)
 
-        self._injector = Injector(
-            reader,
-            trigger=trigger or make_trigger(args.injection_trigger, args.injection_threshold, probability),
-            selector=selector or make_selector(args.injection_selector),
-            per_group=self.num_injected_completions,
-            per_batch=args.max_injected_per_batch,
-            keep_failed=args.injection_advantage == "group",
-            replaces=args.injection_replaces,
+        self._injector = make_injector(
+            args,
+            trigger,
+            selector,
+            self._tokenizer,
+            self.eos_token_ids,
+            needs_logprobs=args.injection_correction in TRUNCATED and not hasattr(self, "expert_model"),
+            render=self._render,
+            probability=probability,
             reward_weights=self.reward_weights.cpu(),
-            seed=args.seed,
-            gather=gather_object,
         )
+        reader = self._injector.reader
+        check_columns(self.train_dataset, reader.columns)
+        if isinstance(self.train_dataset, Dataset) and known_columns(self.train_dataset):
+            reader.check(self.train_dataset.select_columns(["prompt", *reader.columns]))
 
     def _render(self, messages, add_generation_prompt: bool) -> str:
         """A conversation as the policy is shown it."""
@@ -411,11 +299,6 @@ class SelectiveGuidanceGRPOTrainer(GRPOTrainer):
             tokenize=False,
             **self.chat_template_kwargs,
         )
-
-    def _initial_policy(self) -> PreTrainedModel:
-        """A frozen copy of the policy as it is now."""
-        policy = with_own_forwards(copy.deepcopy(self.model))
-        return policy.requires_grad_(False).eval().to(self.accelerator.device)
 
     def _sum_over_processes(self, tensor: torch.Tensor) -> torch.Tensor:
         return self.accelerator.reduce(tensor.to(self.accelerator.device), reduction="sum")
@@ -461,21 +344,9 @@ class SelectiveGuidanceGRPOTrainer(GRPOTrainer):
                 "mask_truncated_completions masks completions that do not end. Set entropy_threshold_init, raise max_completion_length, "
                 "or unset mask_truncated_completions.",
             )
-        elif self.state.global_step == 0:
-            self._warn_of_late_start()
+        elif self.state.global_step == 0 and (problem := late_start_problem(self.args, self.state.max_steps)):
+            self._warn_once("entropy_threshold_init", problem)
         return threshold
-
-    def _warn_of_late_start(self) -> None:
-        """If guidance is over before the first batch that could be guided, the second one."""
-        args, end = self.args, self.state.max_steps
-        second = args.steps_per_generation * args.num_iterations // args.gradient_accumulation_steps
-        if second >= end or args.guidance_coef_schedule(end)(second) == 0:
-            over = f"training ends at step {end}" if second >= end else f"alpha is 0 by step {second}"
-            self._warn_once(
-                "entropy_threshold_init",
-                f"No rollout will be guided: the entropy threshold is measured on the first batch, which lasts until step {second}, and {over}. "
-                "Set entropy_threshold_init, raise guidance_steps, or train for longer.",
-            )
 
     def _guidance_coef(self) -> float:
         """alpha at this step."""
@@ -557,8 +428,8 @@ class SelectiveGuidanceGRPOTrainer(GRPOTrainer):
             batch.rows,
             prompt_ids,
             batch.completion_ids,
-            rewards=self._total_rewards(rewards_per_func).cpu(),
-            is_correct=self._is_correct(rewards_per_func, self._reward_range(rewards_per_func)).cpu(),
+            rewards=self._scale.totals(rewards_per_func).cpu(),
+            is_correct=self._scale.is_correct(rewards_per_func, self._scale.span(rewards_per_func)).cpu(),
             is_guided=self._was_guided().cpu(),
             step=self.state.global_step,
             process_index=process_index,
@@ -743,27 +614,6 @@ class SelectiveGuidanceGRPOTrainer(GRPOTrainer):
             self._log_completion_extra("injection_selector", [c.selector if c else None for c in choices])
             self._log_completion_extra("injection_score", [c.score if c else None for c in choices])
 
-    def _total_rewards(self, rewards_per_func: torch.Tensor) -> torch.Tensor:
-        """Of all processes, by group."""
-        weights = self.reward_weights.to(rewards_per_func.device)
-        return total_reward(rewards_per_func, weights).view(-1, self.num_generations)
-
-    def _reward_range(self, *rewards_per_func: torch.Tensor) -> torch.Tensor:
-        """R_range of each group, (groups, 1): what the user said, or by the functions that scored any of its rows."""
-        given = torch.cat([part.unflatten(0, (-1, self.num_generations)) for part in rewards_per_func], dim=1)
-        if self.args.reward_range is None:
-            return reward_span(given, self.reward_weights.to(given.device))
-        return given.new_full((len(given), 1), self.args.reward_range)
-
-    def _is_correct(self, rewards_per_func: torch.Tensor, reward_range: torch.Tensor) -> torch.Tensor:
-        """Which rows are right, by group or as they stand, of a range for each group."""
-        name, weights = self.args.correctness_reward, self.reward_weights.to(rewards_per_func.device)
-        rewards = total_reward(rewards_per_func, weights).view(len(reward_range), -1)
-        if name is None:
-            return is_correct(rewards, reward_range)
-        deciding = self.reward_func_names.index(name)
-        return is_correct(rewards, reward_range, rewards_per_func[:, deciding].view_as(rewards))
-
     def _was_guided(self) -> torch.Tensor:
         """Which rollouts of all processes were guided, by group."""
         flags = torch.tensor(self._batch.is_guided, device=self.accelerator.device)
@@ -772,8 +622,8 @@ class SelectiveGuidanceGRPOTrainer(GRPOTrainer):
     def _apply_guidance(self, output: dict, batch: GuidedBatch) -> dict:
         """Replace TRL's advantages, and what it logged of this batch, by those of mixed-policy GRPO (Eq. 10-11) with injected rows."""
         before, now = batch.sampled_rewards_per_func, batch.rewards_per_func
-        sampled, rewards = self._total_rewards(before), self._total_rewards(now)
-        reward_range = self._reward_range(before, now)
+        sampled, rewards = self._scale.totals(before), self._scale.totals(now)
+        reward_range = self._scale.span(before, now)
         is_guided, is_injected = self._was_guided(), torch.zeros_like(rewards, dtype=torch.bool)
         for choice in batch.injection.injected if batch.injection else ():
             is_injected.view(-1)[choice.row] = True
@@ -792,24 +642,12 @@ class SelectiveGuidanceGRPOTrainer(GRPOTrainer):
             local = [values.flatten()[own_rows][: batch.num_rows] for values in (advantages, is_guided, is_injected)]
             self._label_rows(output, batch, *local)
             self._logs["advantages"].extend(advantages.tolist())  # as many as the deque holds
-        verdicts = [self._is_correct(each, reward_range) for each in (before, now)]
-        self._warn_of_rewards(before, sampled, verdicts[0])
+        verdicts = [self._scale.is_correct(each, reward_range) for each in (before, now)]
+        divides = bool(batch.num_guided) or self.args.injection_advantage == "positive_excess"
+        for setting, problem in self._scale.problems(before, divides=divides).items():
+            self._warn_once(setting, problem)
         self._log_batch(batch, sampled, rewards, is_guided, is_injected, verdicts, reward_range)
         return output
-
-    def _warn_of_rewards(self, rewards_per_func: torch.Tensor, rewards: torch.Tensor, verdicts: torch.Tensor) -> None:
-        """Of rewards that do not fit `reward_range` and `correctness_reward`, once each."""
-        args, names, problems = self.args, self.reward_func_names, {}
-        divides = self._batch.num_guided or args.injection_advantage == "positive_excess"
-        if args.reward_range is None and (divides or args.correctness_reward is None):
-            problems["reward_range"] = unit_problem(rewards_per_func, self.reward_weights, names)
-        elif args.reward_range is not None and args.correctness_reward is None:
-            problems["reward_range"] = range_problem(rewards, args.reward_range)
-        if args.correctness_reward is None:
-            problems["correctness_reward"] = verdict_problem(rewards, verdicts, names)
-        for setting, problem in problems.items():
-            if problem:
-                self._warn_once(setting, problem)
 
     def _warn_once(self, setting: str, problem: str) -> None:
         """Of something that all processes know, and one of them says."""
@@ -846,57 +684,32 @@ class SelectiveGuidanceGRPOTrainer(GRPOTrainer):
             loss = super()._compute_loss(model, self._loss_inputs)
         finally:
             self._loss_inputs = None
-        num_invalid, *sums = self._sum_over_processes(self._loss_sums).tolist()
-        if num_invalid:
+        sums = LossSums(*self._sum_over_processes(self._loss_sums).tolist())
+        if sums.num_invalid:
             refuse_update(
                 bound["is_finite"], self._tokenizer.batch_decode(bound["prompt_ids"], skip_special_tokens=True)
             )
-        metrics, share = self._metrics["train"], {}
-        metrics["entropy"][-1] = sums[0] / sums[1] if sums[1] else float("nan")
-        if "is_injected" in inputs:
-            share = {"guidance/injection/logp": sums[2:4], "guidance/injection/gradient_share": sums[4:6]}
-        for name, (part, whole) in share.items():
-            metrics[name].append(part / whole if whole else float("nan"))
+        metrics = self._metrics["train"]
+        metrics["entropy"][-1] = sums.mean_entropy
+        for name, value in (sums.injected_metrics if "is_injected" in inputs else {}).items():
+            metrics[name].append(value)
         return loss
 
     def _get_per_token_logps_and_entropies(self, *args, **kwargs):
         logps, entropies, aux_loss = super()._get_per_token_logps_and_entropies(*args, **kwargs)
         if self._loss_inputs is not None:
-            self._bind_to_policy(self._loss_inputs, logps.detach(), entropies.detach())
-        return logps, entropies, aux_loss
-
-    def _bind_to_policy(self, inputs: dict, logps: torch.Tensor, entropies: torch.Tensor) -> None:
-        """Between the forward of the loss and the loss: what depends on the probabilities that the policy gives now."""
-        mask = inputs["completion_mask"].bool()
-        nobody = torch.zeros(len(mask), dtype=torch.bool, device=mask.device)
-        is_injected = inputs.get("is_injected", nobody).unsqueeze(1)
-        on_policy = mask & ~is_injected & ~inputs.get("is_guided", nobody).unsqueeze(1)
-        if self.num_guided_generations:
-            self._threshold.histogram.update(entropies, on_policy)
-        is_finite = logps.isfinite()
-        if self.num_guided_generations and self.args.guidance_weighting != "constant":
-            is_finite &= entropies.isfinite()
-        inputs["is_finite"] = (is_finite | ~mask).all(dim=1)
-        sums = [(~inputs["is_finite"]).sum(), entropies[on_policy].double().sum(), on_policy.sum()]
-        if "is_injected" in inputs:
-            old = inputs.get("old_per_token_logps", logps)
-            tokens = mask & is_injected
-            weights = injected_importance_weight(
-                logps,
-                inputs.get("behaviour_per_token_logps"),
-                tokens,
-                self.args.injection_correction,
-                gamma=self.args.shaping_gamma,
-                max_ratio=self.args.importance_ratio_max,
+            args, is_guiding = self.args, bool(self.num_guided_generations)
+            self._loss_sums = bind_to_policy(
+                self._loss_inputs,
+                logps.detach(),
+                entropies.detach(),
+                histogram=self._threshold.histogram if is_guiding else None,
+                needs_entropies=is_guiding and args.guidance_weighting != "constant",
+                correction=args.injection_correction,
+                gamma=args.shaping_gamma,
+                max_ratio=args.importance_ratio_max,
             )
-            advantages = inputs["advantages"]
-            advantages = advantages if advantages.dim() == 2 else advantages.unsqueeze(1)
-            inputs["advantages"] = advantages * torch.where(is_injected, weights, 1.0)
-            # A ratio of 1 in every iteration: the clip never acts, and the gradient is that of the written objective.
-            inputs["old_per_token_logps"] = torch.where(is_injected, logps, old)
-            size = inputs["advantages"].abs().expand_as(mask)
-            sums += [old[tokens].double().sum(), tokens.sum(), size[tokens].double().sum(), size[mask].double().sum()]
-        self._loss_sums = torch.stack([value.double() for value in sums])
+        return logps, entropies, aux_loss
 
     # ---- Logs --------------------------------------------------------------------------------------------------------------------------
 
@@ -942,7 +755,7 @@ class SelectiveGuidanceGRPOTrainer(GRPOTrainer):
         if injection.choices:
             given = torch.tensor([choice.rewards_per_func for choice in injection.choices])
             groups = [choice.group for choice in injection.choices]
-            is_accepted = self._is_correct(given, reward_range.cpu()[groups]).flatten().tolist()
+            is_accepted = self._scale.is_correct(given, reward_range.cpu()[groups]).flatten().tolist()
         num_groups = len(reward_range)
         metrics = injection_metrics(injection, is_accepted, num_groups, num_groups * self.num_generations)
         for learner in self._injector.selector.learners():
