@@ -90,7 +90,8 @@ class GraphedModel(CachedModel):
             self._drop_static()
             for layer in self.cache.layers:
                 layer.reserve(num_needed)
-            self._static = StaticForward(self.model, self.cache, self.name, self.fixed)
+            arguments = {self._cache_name: self.cache, **self.fixed}
+            self._static = StaticForward(self.model, self.cache, self.name, arguments)
         static = self._static
         self.num_prepared += not static.is_ready(width)
         every = static.read(token_ids, attention_mask, position_ids, width, is_aside)
@@ -152,8 +153,8 @@ class StaticForward:
         num_wasted: blocks read while half of the rows or more were dead.
     """
 
-    def __init__(self, model: nn.Module, cache, name: str, fixed: dict[str, Any]):
-        self.model, self.layers, self.cache, self.name, self._fixed = model, cache.layers, cache, name, fixed
+    def __init__(self, model: nn.Module, cache, name: str, arguments: dict[str, Any]):
+        self.model, self.layers, self.name, self._arguments = model, cache.layers, name, arguments
         states = cache.layers[0].keys
         self.num_rows, self.length, self.num_columns = states.shape[0], states.shape[2], cache.layers[0].room
         self.live: Tensor | None = None
@@ -270,10 +271,9 @@ class StaticForward:
                     input_ids=self._ids[:, :width],
                     attention_mask=is_seen,
                     position_ids=self._position_ids[:, :width],
-                    past_key_values=self.cache,
                     use_cache=True,
                     logits_to_keep=width,
-                    **self._fixed,
+                    **self._arguments,
                 )
         finally:
             for layer in self.layers:

@@ -12,7 +12,7 @@ from typing import Any
 import torch
 from jaxtyping import Float, Int
 from torch import Tensor, nn
-from transformers import DynamicCache, PretrainedConfig
+from transformers import DynamicCache, PretrainedConfig, PreTrainedModel
 from transformers.cache_utils import DynamicLayer, DynamicSlidingWindowLayer
 
 ROOM = 256  # columns that a cache grows by, or by a quarter of its own, if that is more
@@ -31,6 +31,11 @@ def can_forget_tokens(config: PretrainedConfig) -> bool:
     return config.model_type not in COUNT_COLUMNS and _layer_kinds(config) <= {DynamicLayer}
 
 
+def has_attention(config: PretrainedConfig) -> bool:
+    """Whether any layer attends to what was read. Models of recurrent layers alone have caches of their own, with rules of their own for padding."""
+    return any(issubclass(kind, DynamicLayer) for kind in _layer_kinds(config))
+
+
 def loses_its_state(config: PretrainedConfig) -> bool:
     """Whether the model may start anew at a block of several tokens that goes on from a cache, as several with recurrent layers do, some only in
     older versions of Transformers. Single tokens are what they were made for."""
@@ -43,10 +48,13 @@ def _layer_kinds(config: PretrainedConfig) -> set[type]:
 
 
 def optional_arguments(model: nn.Module) -> set[str]:
-    """Which of `OPTIONAL_ARGUMENTS` the model takes. A wrapper that hides its model takes all."""
-    parameters = _parameters(model)
-    is_opaque = all(p.kind in (p.VAR_POSITIONAL, p.VAR_KEYWORD) for p in parameters.values())
-    return OPTIONAL_ARGUMENTS if is_opaque else OPTIONAL_ARGUMENTS & parameters.keys()
+    """Which of `OPTIONAL_ARGUMENTS` the model takes."""
+    return OPTIONAL_ARGUMENTS & _parameters(model).keys()
+
+
+def cache_name(model: nn.Module) -> str:
+    """What the model calls its cache, among its arguments and in its output. Transformers 5.24 gave it another name."""
+    return "cache" if "cache" in _parameters(model) else "past_key_values"
 
 
 def fixed_arguments(model: nn.Module) -> dict[str, Any]:
@@ -58,9 +66,12 @@ def fixed_arguments(model: nn.Module) -> dict[str, Any]:
 
 
 def _parameters(model: nn.Module) -> Mapping[str, inspect.Parameter]:
-    """Of the model's forward, seen through PEFT and compilation."""
+    """Of the model's forward, seen through PEFT, compilation, and wrappers that take whatever it takes."""
     model = getattr(model, "get_base_model", lambda: model)()
-    return inspect.signature(getattr(model, "_orig_mod", model).forward).parameters
+    parameters = inspect.signature(getattr(model, "_orig_mod", model).forward).parameters
+    is_opaque = all(p.kind in (p.VAR_POSITIONAL, p.VAR_KEYWORD) for p in parameters.values())
+    inner = next((part for part in model.modules() if isinstance(part, PreTrainedModel)), model)
+    return _parameters(inner) if is_opaque and inner is not model else parameters
 
 
 class RoomyLayer(DynamicLayer):
@@ -147,7 +158,7 @@ class CachedModel:
         if self.can_forget:
             self.cache = DynamicCache(config=model.config)
             self.cache.layers = [RoomyLayer() for _ in self.cache.layers]
-        self.takes, self.fixed = optional_arguments(model), fixed_arguments(model)
+        self.takes, self.fixed, self._cache_name = optional_arguments(model), fixed_arguments(model), cache_name(model)
         self._reads_singly = loses_its_state(model.config)
 
     def read(
@@ -170,21 +181,22 @@ class CachedModel:
                 for at in range(num_new)
             ]
             return torch.cat(logits[-num_logits:], dim=1)
-        optional = {"position_ids": position_ids, "logits_to_keep": num_logits}
+        optional, cache = {"position_ids": position_ids, "logits_to_keep": num_logits}, self.cache
         output = self.model(
             input_ids=token_ids,
             attention_mask=attention_mask,
-            past_key_values=self.cache,
             use_cache=True,
+            **{self._cache_name: cache},
             **self.fixed,
             **{key: value for key, value in optional.items() if key in self.takes},
         )
-        self.cache = getattr(output, "past_key_values", None)
-        if self.cache is None or (self.can_forget and not self.cache.get_seq_length()):
+        self.cache = getattr(output, self._cache_name, None)
+        goes_on = self.cache is not None and (cache is None or self.cache is cache)
+        if not goes_on or (self.can_forget and not self.cache.get_seq_length()):
             raise ValueError(
-                f"The {self.name} ({type(self.model).__name__}) returned no `past_key_values`, but guided sampling needs a cache. Turn gradient "
-                "checkpointing off while sampling (`model.gradient_checkpointing_disable()`; the trainer does it by itself), and use a "
-                "model that caches in `past_key_values`."
+                f"The {self.name} ({type(self.model).__name__}) does not go on from its `{self._cache_name}`, but guided sampling needs a cache. "
+                "Turn gradient checkpointing off while sampling (`model.gradient_checkpointing_disable()`; the trainer does it by itself), and "
+                "use a model that fills the cache that it is given."
             )
         return output.logits[:, -num_logits:]
 

@@ -9,6 +9,7 @@ from torch import Tensor, nn
 
 from trl_selective.functional.mixed_policy import WEIGHTINGS, Weighting, token_probs
 from trl_selective.rollout import GuidedRollout
+from trl_selective.sampling.kv import has_attention
 from trl_selective.sampling.live_rows import LiveRows
 
 
@@ -54,6 +55,11 @@ class GuidedSampler(ABC):
                 raise ValueError(
                     f"The {name} has a {type(adapter).__name__} adapter, whose virtual tokens replace the cache that guided sampling needs. "
                     "Use an adapter that changes weights, such as LoRA."
+                )
+            if model is not None and not has_attention(model.config):
+                raise ValueError(
+                    f"The {name} ({type(model).__name__}) has recurrent layers alone, but guided sampling needs a cache that attention fills. Use "
+                    "a model with attention, or with both."
                 )
         self.policy, self.expert = policy, expert
         self.weighting = WEIGHTINGS[weighting] if isinstance(weighting, str) else weighting
