@@ -22,12 +22,14 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 import torch
+from command_line import RecipeParser
 from selective_grpo import ScriptArguments, choose_split, load_reward, load_splits, load_tokenizer
 from transformers import AutoTokenizer
-from trl import ModelConfig, TrlParser
+from trl import ModelConfig
 
 from trl_selective.experts import (
     EndpointSource,
+    ExpertServerError,
     LocalSource,
     Sampling,
     Tally,
@@ -37,6 +39,7 @@ from trl_selective.experts import (
     load_expert_tokenizer,
 )
 from trl_selective.grading import Verifier
+from trl_selective.resuming import OtherRunError
 
 
 @dataclass
@@ -103,15 +106,18 @@ def summary(tally: Tally, output_file: str) -> str:
     )
 
 
-def main(script: ScriptArguments, arguments: CollectArguments, sampling: Sampling) -> None:
-    rows = choose_split(load_splits(script), script.dataset_train_split, "dataset_train_split")
-    verifier = Verifier([load_reward(name) for name in script.reward_funcs or ()], arguments.reward_weights)
-    make_source = local_source if arguments.base_url is None else endpoint_source
-    source = make_source(script, arguments, sampling)
-    tally = collect(rows, source, verifier, arguments.output_file, only_above=arguments.only_above)
+def main(script: ScriptArguments, arguments: CollectArguments, sampling: Sampling, parser: RecipeParser) -> None:
+    with parser.user_errors():
+        rows = choose_split(load_splits(script), script.dataset_train_split, "dataset_train_split")
+        verifier = Verifier([load_reward(name) for name in script.reward_funcs or ()], arguments.reward_weights)
+        make_source = local_source if arguments.base_url is None else endpoint_source
+        source = make_source(script, arguments, sampling)
+    with parser.clear_errors(OtherRunError, ExpertServerError):
+        tally = collect(rows, source, verifier, arguments.output_file, only_above=arguments.only_above)
     print(summary(tally, arguments.output_file))
 
 
 if __name__ == "__main__":
-    parser = TrlParser((ScriptArguments, CollectArguments, Sampling))
-    main(*parser.parse_args_and_config(fail_with_unknown_args=True))
+    kinds = {"problems and rewards": ScriptArguments, "expert and file": CollectArguments, "sampling": Sampling}
+    parser = RecipeParser(kinds, "Give each problem of a dataset whole completions of an expert.")
+    main(*parser.parse_args_and_config(), parser)

@@ -1,10 +1,10 @@
-"""The command line of the training script: settings from a YAML file and from arguments, help by topic, errors without a traceback."""
+"""The command line of the scripts: settings from a YAML file and from arguments, help by topic, errors without a traceback."""
 
 import json
 import re
 import sys
 from argparse import SUPPRESS, Action, HelpFormatter
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import fields
 from typing import Any
@@ -28,7 +28,7 @@ class HelpLines(HelpFormatter):
         super().__init__(prog, max_help_position=40, width=140)
 
     def _get_help_string(self, action):
-        shows_default = action.default not in (None, SUPPRESS) and "(default" not in (action.help or "")
+        shows_default = action.default not in (None, SUPPRESS, []) and "(default" not in (action.help or "")
         choices = f" One of {', '.join(map(str, action.choices))}." if action.choices else ""
         return (action.help or "") + choices + (" (default %(default)s)" if shows_default else "")
 
@@ -41,15 +41,17 @@ class RecipeParser(TrlParser):
     """`TrlParser` that names file, line and key of what is wrong, and groups its help.
 
     Args:
-        dataclass_types: the script's own arguments, alone or before those of the trainer and of the model.
+        kinds: dataclasses of settings, by what they are about. Those of the trainer get topics of their own.
+        description: of the script, a sentence.
     """
 
-    def __init__(self, dataclass_types: Sequence[type], description: str):
+    def __init__(self, kinds: Mapping[str, type], description: str):
+        self.kinds = dict(kinds)
         self._listed: dict[str, Any] = {}
         self._options: list[str] = ["--config"]
         self._given: dict[str, str] = {}  # on the command line
         self._file: ConfigFile | None = None
-        super().__init__(dataclass_types, description=description, formatter_class=HelpLines, allow_abbrev=False)
+        super().__init__(list(kinds.values()), description=description, formatter_class=HelpLines, allow_abbrev=False)
         self._listed["config"] = CONFIG  # which TRL takes off the command line before argparse sees it
 
     def add_argument(self, *args, **kwargs):
@@ -72,19 +74,12 @@ class RecipeParser(TrlParser):
 
     def topics(self) -> dict[str, list[str]]:
         """The names of all settings by what they are about."""
-        script, *others = ([field.name for field in fields(kind) if field.init] for kind in self.dataclass_types)
-        if not others:
-            return {"settings": ["help", "config", *script]}
-        trainer, model = others
-        training = {field.name for field in fields(TrainingArguments)}
-        return {
-            "data, rewards and this script": ["help", "config", *script],
-            "guidance: who guides, where and how strongly": [n for n in trainer if n in OURS - INJECTION_FIELDS],
-            "injection of expert completions": [n for n in trainer if n in INJECTION_FIELDS],
-            "GRPO (TRL)": [n for n in trainer if n not in OURS | training],
-            "model, adapter and quantisation (TRL)": model,
-            "training (Transformers)": [n for n in trainer if n in training],
-        }
+        topics: dict[str, list[str]] = {}
+        for topic, kind in self.kinds.items():
+            names = [field.name for field in fields(kind) if field.init]
+            topics |= _trainer_topics(names) if kind is SelectiveGuidanceGRPOConfig else {topic: names}
+        first = next(iter(topics))
+        return topics | {first: ["help", "config", *topics[first]]}
 
     # ---- Parsing -----------------------------------------------------------------------------------------------------------------------
 
@@ -115,11 +110,20 @@ class RecipeParser(TrlParser):
 
     @contextmanager
     def user_errors(self) -> Iterator[None]:
-        """Turn the errors of settings into one message and exit code 2. It is for what runs before training only."""
+        """Turn the errors of settings into one message and exit code 2. It is for what runs before the real work, whose errors need their
+        traceback."""
         try:
             yield
         except (ValueError, FileNotFoundError) as error:
             self.error(self.explain(error))
+
+    @contextmanager
+    def clear_errors(self, *kinds: type[Exception]) -> Iterator[None]:
+        """Turn errors of these kinds, whose messages say all, into that and exit code 2."""
+        try:
+            yield
+        except kinds as error:
+            self.error(str(error))
 
     def error(self, message: str) -> None:
         self.exit(2, f"{self.prog}: error: {message}\nAll settings: {self.prog} --help\n")
@@ -144,6 +148,16 @@ class RecipeParser(TrlParser):
         if name in self._given:
             return f"command line, --{name}"
         return self._file.where(name) if self._file and name in self._file.lines else None
+
+
+def _trainer_topics(names: Sequence[str]) -> dict[str, list[str]]:
+    training = {field.name for field in fields(TrainingArguments)}
+    return {
+        "guidance: who guides, where and how strongly": [n for n in names if n in OURS - INJECTION_FIELDS],
+        "injection of expert completions": [n for n in names if n in INJECTION_FIELDS],
+        "GRPO (TRL)": [n for n in names if n not in OURS | training],
+        "training (Transformers)": [n for n in names if n in training],
+    }
 
 
 def given_settings(arguments: Sequence[str]) -> dict[str, str]:

@@ -22,10 +22,10 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from evaluation_problems import ProblemArguments, SamplingArguments, load_tasks, setting
+from command_line import RecipeParser
+from evaluation_problems import ProblemArguments, SamplingArguments, Task, load_tasks, setting
 from safetensors import SafetensorError
 from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
-from trl import TrlParser
 
 from trl_selective.evaluation import (
     Backend,
@@ -37,14 +37,13 @@ from trl_selective.evaluation import (
     table,
 )
 from trl_selective.reporting.card import add_evaluation
+from trl_selective.resuming import OtherRunError
 
 BACKENDS = ("transformers", "vllm")
 
 
 @dataclass
 class ModelArguments:
-    _argument_group_name = "Model"
-
     model_name_or_path: str | None = setting("Hub id or folder of a model, or of a LoRA adapter.")
     model_revision: str | None = setting("Of a Hub id.")
     dtype: str | None = setting("Such as bfloat16; by default that on accelerators, and float32 on CPUs.")
@@ -55,8 +54,6 @@ class ModelArguments:
 
 @dataclass
 class RunArguments:
-    _argument_group_name = "Run"
-
     output_dir: str | None = setting("Folder for completions and results; goes on with what is there.")
     backend: str = setting(f"What generates: {' or '.join(BACKENDS)}.", BACKENDS[0])
     batch_size: int | None = setting("Completions generated at once; default: 64, and 2048 with vLLM.")
@@ -130,17 +127,18 @@ def identity(model: ModelArguments) -> dict[str, Any]:
 
 
 def check(model: ModelArguments, run: RunArguments) -> None:
-    if model.model_name_or_path is None or run.output_dir is None:
+    if model.model_name_or_path is None:
         raise ValueError(
-            f"Expected a model and a folder for its results, got model_name_or_path={model.model_name_or_path!r} and output_dir="
-            f"{run.output_dir!r}. Set both."
+            "model_name_or_path is not set: give the Hub id or the folder of a model, or of a LoRA adapter."
         )
+    if run.output_dir is None:
+        raise ValueError("output_dir is not set: give a folder for completions and results.")
     if run.backend not in BACKENDS:
         raise ValueError(f"backend: got {run.backend!r}, expected one of {list(BACKENDS)}.")
-    if run.grading_timeout < 0 or (run.batch_size is not None and run.batch_size < 1):
-        raise ValueError(
-            f"Expected grading_timeout >= 0 and batch_size >= 1, got {run.grading_timeout} and {run.batch_size}."
-        )
+    if run.batch_size is not None and run.batch_size < 1:
+        raise ValueError(f"batch_size must be at least 1, got {run.batch_size}.")
+    if run.grading_timeout < 0:
+        raise ValueError(f"grading_timeout must be at least 0, got {run.grading_timeout}.")
 
 
 def earlier_results(path: Path, who: dict[str, Any]) -> dict[str, Any]:
@@ -157,42 +155,56 @@ def earlier_results(path: Path, who: dict[str, Any]) -> dict[str, Any]:
     return results
 
 
-def main(model: ModelArguments, problems: ProblemArguments, sampling: SamplingArguments, run: RunArguments) -> None:
-    check(model, run)
-    who, output = identity(model), Path(run.output_dir)
-    results = earlier_results(output / "results.json", who)
-    tasks = load_tasks(problems, sampling)
-    tokenizer = load_tokenizer(model)
-    if tokenizer.chat_template is None and any(not isinstance(task.problems[0]["prompt"], str) for task in tasks):
+def check_prompts(tasks: list[Task], tokenizer: PreTrainedTokenizerBase, is_meant: bool) -> None:
+    """Conversations need a chat template; plain texts for a model that has one are pointed out, unless they are meant."""
+    has_template = tokenizer.chat_template is not None
+    is_plain = [isinstance(task.problems[0]["prompt"], str) for task in tasks]
+    if not has_template and not all(is_plain):
         raise ValueError(
-            f"The tokenizer of {who['model']} has no chat template, which prompts that are conversations need. Give one as chat_template, or "
-            "leave system_prompt and apply_chat_template unset."
+            f"The tokenizer of {Path(tokenizer.name_or_path).name} has no chat template, which prompts that are conversations need. Give one as "
+            "chat_template, or leave system_prompt and apply_chat_template unset."
         )
-    is_plain = any(isinstance(task.problems[0]["prompt"], str) for task in tasks)
-    if is_plain and tokenizer.chat_template and problems.apply_chat_template is None:
+    if has_template and any(is_plain) and not is_meant:
         warnings.warn(
             "Prompts go to the model as plain texts, though its tokenizer has a chat template. If it was trained on conversations, set "
             "system_prompt to that of its training, or apply_chat_template to true (false: this is meant).",
-            stacklevel=2,
+            stacklevel=3,
         )
-    backend = load_backend(model, run, tokenizer)
+
+
+def main(
+    model: ModelArguments,
+    problems: ProblemArguments,
+    sampling: SamplingArguments,
+    run: RunArguments,
+    parser: RecipeParser,
+) -> None:
+    with parser.user_errors():
+        check(model, run)
+        who, output = identity(model), Path(run.output_dir)
+        results = earlier_results(output / "results.json", who)
+        tasks = load_tasks(problems, sampling)
+        tokenizer = load_tokenizer(model)
+        check_prompts(tasks, tokenizer, is_meant=problems.apply_chat_template is not None)
+        backend = load_backend(model, run, tokenizer)
     settings = {**who, "backend": run.backend, "dtype": model.dtype, "eos_token": tokenizer.eos_token}
     for task in tasks:
         path = output / f"{task.name}.jsonl"
         where = {"dataset": task.dataset, "config": task.config, "split": task.split}
-        evaluate_to_file(
-            task.problems,
-            backend,
-            tokenizer,
-            task.reward_func,
-            task.protocol,
-            path,
-            settings={**settings, **where, "chat_template": tokenizer.chat_template},
-            batch_size=run.batch_size or (2048 if run.backend == "vllm" else 64),
-            correct_above=run.correct_above,
-            grading_timeout=run.grading_timeout,
-            description=task.name,
-        )
+        with parser.clear_errors(OtherRunError):
+            evaluate_to_file(
+                task.problems,
+                backend,
+                tokenizer,
+                task.reward_func,
+                task.protocol,
+                path,
+                settings={**settings, **where, "chat_template": tokenizer.chat_template},
+                batch_size=run.batch_size or (2048 if run.backend == "vllm" else 64),
+                correct_above=run.correct_above,
+                grading_timeout=run.grading_timeout,
+                description=task.name,
+            )
         found = summarize(path, task.protocol, sampling.ks)
         results["benchmarks"][task.name] = {**where, **found, "backend": run.backend, "dtype": model.dtype}
         (output / "results.json").write_text(json.dumps(results, indent=2) + "\n")
@@ -209,5 +221,11 @@ def tell_card(model: Path, output: Path) -> None:
 
 
 if __name__ == "__main__":
-    parser = TrlParser((ModelArguments, ProblemArguments, SamplingArguments, RunArguments))
-    main(*parser.parse_args_and_config(fail_with_unknown_args=True))
+    kinds = {
+        "model": ModelArguments,
+        "problems": ProblemArguments,
+        "sampling (default: the benchmark's protocol; greedy for a dataset)": SamplingArguments,
+        "this run": RunArguments,
+    }
+    parser = RecipeParser(kinds, "Evaluate a model on benchmarks, or on problems of your own.")
+    main(*parser.parse_args_and_config(), parser)

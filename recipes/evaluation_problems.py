@@ -21,8 +21,6 @@ def setting(help: str, default: Any = None) -> Any:
 
 @dataclass
 class ProblemArguments:
-    _argument_group_name = "Problems"
-
     benchmarks: list[str] = setting(f"Any of {', '.join(BENCHMARKS)}.", [])
     dataset_name: str | None = setting("A dataset beside them: Hub id, .json/.jsonl/.parquet/.csv file, or folder.")
     dataset_config: str | None = setting("Configuration of a dataset on the Hub.")
@@ -41,8 +39,6 @@ class ProblemArguments:
 
 @dataclass
 class SamplingArguments:
-    _argument_group_name = "Sampling (default: the benchmark's protocol; greedy for a dataset)"
-
     num_samples: int | None = setting("Completions of each problem.")
     temperature: float | None = setting("0 takes the most likely token.")
     top_p: float | None = setting("Of nucleus sampling, in (0, 1]; default: 1.")

@@ -230,7 +230,7 @@ def main(arguments: DataArguments) -> str:
 
 
 if __name__ == "__main__":
-    parser = RecipeParser((DataArguments,), "Make the data of the recipes.")
+    parser = RecipeParser({"settings": DataArguments}, "Make the data of the recipes.")
     (arguments,) = parser.parse_args_and_config(sys.argv[1:])
     with parser.user_errors():
         print(main(arguments))

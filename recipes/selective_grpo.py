@@ -235,9 +235,12 @@ def check_processes(expected: int | None, actual: int) -> None:
 
 
 def parse(argv: list[str]) -> tuple[RecipeParser, RecipeArguments, SelectiveGuidanceGRPOConfig, ModelConfig]:
-    parser = RecipeParser(
-        (RecipeArguments, SelectiveGuidanceGRPOConfig, ModelConfig), "Train with selective guidance."
-    )
+    kinds = {
+        "data, rewards and this script": RecipeArguments,
+        "guidance": SelectiveGuidanceGRPOConfig,
+        "model, adapter and quantisation (TRL)": ModelConfig,
+    }
+    parser = RecipeParser(kinds, "Train with selective guidance.")
     if "--dry_run" in argv and not torch.accelerator.is_available():
         argv = [*argv, "--use_cpu", "true"]  # or settings for an accelerator would be refused on a machine without
     return parser, *parser.parse_args_and_config(argv)

@@ -9,6 +9,10 @@ from pathlib import Path
 from typing import Any
 
 
+class OtherRunError(ValueError):
+    """A file is of other rows or settings than those that it should go on with."""
+
+
 def to_json(row: Mapping[str, Any], index: int) -> str:
     """One line, without its end.
 
@@ -27,7 +31,7 @@ def check_settings(path: Path, settings: Mapping[str, Any]) -> None:
     """Write down what the rows depend on, or compare it with what those in the file depend on.
 
     Raises:
-        ValueError: naming the first setting that differs.
+        OtherRunError: naming the first setting that differs.
     """
     record = path.with_name(
         f".{path.name}.settings"
@@ -39,7 +43,7 @@ def check_settings(path: Path, settings: Mapping[str, Any]) -> None:
     then = json.loads(record.read_text()) if record.exists() else {}
     for name, value in settings.items():
         if name not in then or then[name] != value:
-            raise ValueError(
+            raise OtherRunError(
                 f"{path} was made with {name}={then.get(name, 'unknown')!r} according to {record.name}, got {value!r}. Go on with the settings "
                 "of the file, name another one, or delete it."
             )
@@ -53,7 +57,7 @@ def count_rows(path: Path, rows: Sequence[Mapping[str, Any]] | Any) -> int:
         rows: what each of its lines must contain, in order; a line may have more.
 
     Raises:
-        ValueError: if a line is not of the row in its place.
+        OtherRunError: if a line is not of the row in its place.
     """
     done = end = 0
     with path.open("rb+") as file:
@@ -61,12 +65,12 @@ def count_rows(path: Path, rows: Sequence[Mapping[str, Any]] | Any) -> int:
             if not line.endswith(b"\n"):
                 break
             if done == len(rows):
-                raise ValueError(
+                raise OtherRunError(
                     f"{path} has more rows than the dataset, {len(rows)}. Name another file, or delete it."
                 )
             expected, found = json.loads(to_json(rows[done], done)), json.loads(line)
             if differing := [name for name, value in expected.items() if found.get(name) != value]:
-                raise ValueError(
+                raise OtherRunError(
                     f"Row {done} of {path} is not that of the dataset: {differing} differ. The file was made from other data: go on with "
                     "that, name another file, or delete it."
                 )

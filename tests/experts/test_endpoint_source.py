@@ -9,7 +9,7 @@ import pytest
 
 from tests.endpoint import Endpoint, ExpertAnswers
 from tests.training import path_dataset
-from trl_selective.experts import EndpointSource, Sampling, collect, endpoint_client
+from trl_selective.experts import EndpointSource, ExpertServerError, Sampling, collect, endpoint_client
 from trl_selective.grading import Verifier
 
 SAMPLING = Sampling(num_completions=2, max_completion_length=26, temperature=1.3, seed=7)
@@ -109,7 +109,7 @@ def test_trouble_that_stays_loses_no_finished_row(tmp_path):
             r"Row 2 got no completion from 'some/expert' \(max_retries=2\): InternalServerError: .*out of memory.* "
             "Rows before it are kept: start again"
         )
-        with pytest.raises(RuntimeError, match=message):
+        with pytest.raises(ExpertServerError, match=message):
             collect(rows, source, Verifier([]), path)
         assert len(endpoint.requests) == 2 + 3  # tried three times
         assert path.read_text().splitlines() == whole_path.read_text().splitlines()[:2]
@@ -120,11 +120,27 @@ def test_trouble_that_stays_loses_no_finished_row(tmp_path):
     assert (tally.num_resumed, tally.num_rows, len(endpoint.requests)) == (2, 2, 2)
 
 
+def test_nobody_waits_for_answers_that_nobody_reads():
+    """One row is read while the server still thinks about the others, of which it is asked no more."""
+    may_answer = threading.Event()
+
+    def first_at_once(prompt, *question):
+        return prompt, "stop" if prompt == "0" or may_answer.wait(20) else "length"
+
+    with Endpoint(first_at_once) as endpoint:
+        answers = source_of(endpoint, Sampling(), concurrency=2).complete([str(i) for i in range(8)], 0)
+        assert next(answers)[0].text == "0"
+        answers.close()
+        assert not may_answer.is_set()
+        may_answer.set()
+    assert len(endpoint.requests) <= 3  # the row that was read, and two at once
+
+
 def test_redirects_are_not_followed():
     with Endpoint(canned) as elsewhere, Endpoint(canned) as endpoint:
         endpoint.trouble = in_trouble_from(0, (307, {"Location": f"{elsewhere.url}/completions"}, "{}"))
         message = f"It redirects to '{elsewhere.url}/completions', which is not followed: if that is right, give it as base_url"
-        with pytest.raises(RuntimeError, match=re.escape(message)):
+        with pytest.raises(ExpertServerError, match=re.escape(message)):
             texts_of(source_of(endpoint), ["a"])
     assert elsewhere.requests == []
 
@@ -139,7 +155,7 @@ def test_the_key_is_sent_and_never_shown(tmp_path, monkeypatch, capfd):
 
     with (
         Endpoint(canned, quoting) as endpoint,
-        pytest.raises(RuntimeError, match="no such key: Bearer <key>") as error,
+        pytest.raises(ExpertServerError, match="no such key: Bearer <key>") as error,
     ):
         collect(path_dataset(2), source_of(endpoint, concurrency=1), Verifier([]), tmp_path / "out.jsonl")
     assert set(seen) == {"Bearer sk-secret"}
@@ -155,7 +171,7 @@ def test_the_key_is_sent_and_never_shown(tmp_path, monkeypatch, capfd):
 def test_a_place_that_is_no_endpoint():
     page = (200, {"Content-Type": "text/html"}, "<html>Welcome</html>")
     message = r"has no `choices`. Does base_url end as the server wants it, often in /v1\?"
-    with Endpoint(canned, in_trouble_from(0, page)) as place, pytest.raises(RuntimeError, match=message):
+    with Endpoint(canned, in_trouble_from(0, page)) as place, pytest.raises(ExpertServerError, match=message):
         texts_of(source_of(place), ["a"])
 
 
@@ -163,7 +179,7 @@ def test_nobody_there():
     with Endpoint(canned) as endpoint:
         source = source_of(endpoint, max_retries=0)
     with pytest.raises(
-        RuntimeError, match=r"\(max_retries=0\): APIConnectionError: Connection error\. Rows before it"
+        ExpertServerError, match=r"\(max_retries=0\): APIConnectionError: Connection error\. Rows before it"
     ):
         texts_of(source, ["a"])
 

@@ -98,6 +98,18 @@ def test_an_endpoint_with_a_system_prompt_and_only_right_answers(tmp_path, start
     assert f"{kept} kept, {kept} of them without log-probabilities" in capsys.readouterr().out
 
 
+def test_a_server_that_breaks_down_ends_it_with_one_line(start, capsys):
+    """So does a file of other settings; what is there is kept for the next run."""
+    settings = {"expert_model_name_or_path": "served", "max_retries": "0"}
+    with Endpoint(lambda prompt, *question: (prompt, "stop"), lambda *request: (500, {}, "{}")) as endpoint:
+        with pytest.raises(SystemExit, match="2"):
+            start(base_url=endpoint.url, **settings)
+        assert "error: Row 0 got no completion from 'served' (max_retries=0): " in capsys.readouterr().err
+        with pytest.raises(SystemExit, match="2"):
+            start(base_url=endpoint.url, **settings, num_completions="1")
+    assert "with_expert.jsonl was made with num_completions=2 according to" in capsys.readouterr().err
+
+
 def test_another_policy_ends_otherwise(tmp_path, start, capsys):
     """`eos_token` is that of the policy's tokenizer, as in training: no completion of the expert ends with it."""
     start(policy_tokenizer_name_or_path=POLICY, eos_token="~", output_file="out.jsonl", batch_size="96", seed="3")

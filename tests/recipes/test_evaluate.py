@@ -2,6 +2,7 @@
 
 import json
 import os
+import re
 import runpy
 import shutil
 import signal
@@ -293,30 +294,45 @@ def test_columns_and_formats(tmp_path, start):
     assert results["benchmarks"]["rows"]["dataset"] == "rows.parquet"
 
 
-def test_other_settings_than_those_of_the_file_are_refused(start):
+@pytest.fixture
+def refusal(start, capsys):
+    """The one line with which the script ends."""
+
+    def run(**changes) -> str:
+        with pytest.raises(SystemExit, match="2"):
+            start(**changes)
+        *_, message, advice = capsys.readouterr().err.splitlines()
+        assert advice == "All settings: evaluate.py --help"
+        return message
+
+    return run
+
+
+def test_other_settings_than_those_of_the_file_are_refused(start, refusal):
     start(max_problems=2)
-    with pytest.raises(ValueError, match=r"problems.jsonl was made with temperature=1.0 according to .*, got 0.5"):
-        start(max_problems=2, temperature=0.5)
-    with pytest.raises(
-        ValueError,
-        match=r"results.json has results of model='expert', got 'policy'\. Name another output_dir, or delete out\.",
-    ):
-        start(max_problems=2, model_name_or_path=POLICY)
-    with pytest.raises(ValueError, match=r"problems.jsonl has more rows than the dataset, 1"):
-        start(max_problems=1)
+    message = refusal(max_problems=2, temperature=0.5)
+    assert re.search(r"problems.jsonl was made with temperature=1.0 according to .*, got 0.5", message)
+    message = refusal(max_problems=2, model_name_or_path=POLICY)
+    assert (
+        "results.json has results of model='expert', got 'policy'. Name another output_dir, or delete out." in message
+    )
+    assert "problems.jsonl has more rows than the dataset, 1." in refusal(max_problems=1)
 
 
-def test_weights_that_were_written_anew_are_another_model(tmp_path, start):
+def test_what_a_reward_function_raises_has_its_traceback(tmp_path, start):
+    (tmp_path / "my_rewards.py").write_text("def broken(completions, **columns):\n    return [int('many')]\n")
+    with pytest.raises(ValueError, match="invalid literal for int"):
+        start(reward_func="my_rewards.broken", grading_timeout=0)
+
+
+def test_weights_that_were_written_anew_are_another_model(tmp_path, start, refusal):
     model, tokenizer = AutoModelForCausalLM.from_pretrained(POLICY), AutoTokenizer.from_pretrained(POLICY)
     for part in (model, tokenizer):
         part.save_pretrained(tmp_path / "model")
     start(model_name_or_path="model", max_problems=1)
     model.save_pretrained(tmp_path / "model")
-    with pytest.raises(
-        ValueError,
-        match=r"results.json has results of other weights, since the model was written again\. Name another",
-    ):
-        start(model_name_or_path="model", max_problems=2)
+    message = refusal(model_name_or_path="model", max_problems=2)
+    assert "results.json has results of other weights, since the model was written again. Name another" in message
 
 
 def test_without_vllm(start, monkeypatch):

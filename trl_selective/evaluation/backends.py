@@ -13,7 +13,7 @@ from peft import PeftConfig, PeftModel
 from transformers import AutoConfig, GenerationConfig, PreTrainedModel, PreTrainedTokenizerBase
 
 from trl_selective.evaluation.protocol import SamplingProtocol
-from trl_selective.sampling.unguided import end_token_ids, sample_completions
+from trl_selective.sampling.unguided import end_token_ids, sample_completions, seeded_uniforms
 
 TokenIds = list[list[int]]
 
@@ -63,14 +63,9 @@ class TransformersBackend:
                 pad_token_id=self.pad_token_id,
                 temperature=protocol.temperature,
                 top_p=protocol.top_p,
-                uniforms=torch.stack([_uniforms(seed, protocol.max_completion_length) for seed in seeds[rows]]),
+                uniforms=torch.stack([seeded_uniforms(seed, protocol.max_completion_length) for seed in seeds[rows]]),
             )
         return completions
-
-
-def _uniforms(seed: int, length: int) -> torch.Tensor:
-    """One number for each token, in float64 so that rare tokens keep their exact share."""
-    return torch.rand(length, generator=torch.Generator().manual_seed(seed), dtype=torch.float64)
 
 
 class VllmBackend:

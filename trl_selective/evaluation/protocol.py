@@ -1,7 +1,8 @@
 """How a model is asked: how often, at which temperature, and with which random numbers."""
 
-import random
 from dataclasses import dataclass
+
+from trl_selective.sampling.unguided import seed_of
 
 
 @dataclass(frozen=True)
@@ -26,11 +27,14 @@ class SamplingProtocol:
     seed: int = 0
 
     def __post_init__(self):
-        if not (self.num_samples >= 1 and self.max_completion_length >= 1 and self.temperature >= 0 < self.top_p <= 1):
-            raise ValueError(
-                "Expected num_samples >= 1, max_completion_length >= 1, temperature >= 0 and 0 < top_p <= 1, got "
-                f"{self.num_samples}, {self.max_completion_length}, {self.temperature} and {self.top_p}."
-            )
+        for name, is_possible, expected in (
+            ("num_samples", self.num_samples >= 1, "at least 1"),
+            ("max_completion_length", self.max_completion_length >= 1, "at least 1"),
+            ("temperature", self.temperature >= 0, "at least 0"),
+            ("top_p", 0 < self.top_p <= 1, "above 0, and at most 1"),
+        ):
+            if not is_possible:
+                raise ValueError(f"{name} must be {expected}, got {getattr(self, name)}.")
         if self.temperature == 0 and self.num_samples > 1:
             raise ValueError(
                 f"At temperature 0 all of num_samples={self.num_samples} completions of a problem would be the same. Set temperature, or "
@@ -39,7 +43,7 @@ class SamplingProtocol:
 
     def seed_of(self, problem: int, sample: int) -> int:
         """A seed for one completion: the same in every process and run, whatever was drawn before."""
-        return random.Random(repr((self.seed, problem, sample))).getrandbits(31)
+        return seed_of(self.seed, problem, sample)
 
     @property
     def default_ks(self) -> list[int]:

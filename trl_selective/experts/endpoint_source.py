@@ -4,11 +4,12 @@ kept: its tokenizer is not the policy's, as a rule.
 
 from collections import deque
 from collections.abc import Iterator, Sequence
-from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict, dataclass
 from typing import Any
 
+from trl_selective.experts.daemon_pool import DaemonPool
 from trl_selective.experts.endpoint import failure_reason
+from trl_selective.experts.patient_endpoint import ExpertServerError
 from trl_selective.experts.sources import Completion, Sampling
 from trl_selective.grading import Conversation
 
@@ -39,9 +40,9 @@ class EndpointSource:
         """The completions of each prompt from index `first` on, in order.
 
         Raises:
-            RuntimeError: if a request fails for good. Completions of rows before it were all handed out.
+            ExpertServerError: if a request fails for good. Completions of rows before it were all handed out.
         """
-        pool = ThreadPoolExecutor(self.concurrency)
+        pool = DaemonPool(self.concurrency, "expert-endpoint")
         pending: deque = (
             deque()
         )  # futures of one row each; so many rows that the pool is busy while the first of them is slow
@@ -53,8 +54,9 @@ class EndpointSource:
                     yield [future.result() for future in pending.popleft()]
             while pending:
                 yield [future.result() for future in pending.popleft()]
-        finally:
-            pool.shutdown(cancel_futures=True)
+        finally:  # what is being answered is left to itself
+            for future in (future for row in pending for future in row):
+                future.cancel()
 
     def _ask(self, prompt: str | Conversation, row: int, number: int) -> Completion:
         from openai import OpenAIError
@@ -78,8 +80,8 @@ class EndpointSource:
             return self.client.completions.create(prompt=prompt, max_tokens=length, **settings)
         return self.client.chat.completions.create(messages=prompt, max_completion_tokens=length, **settings)
 
-    def _failure(self, row: int, reason: str) -> RuntimeError:
-        return RuntimeError(
+    def _failure(self, row: int, reason: str) -> ExpertServerError:
+        return ExpertServerError(
             f"Row {row} got no completion from {self.name!r} (max_retries={self.client.max_retries}): {reason} Rows before it are kept: start "
             "again with the same settings to go on from there."
         )

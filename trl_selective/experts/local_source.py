@@ -6,8 +6,6 @@ from itertools import compress
 from typing import Any
 
 import torch
-from jaxtyping import Float
-from torch import Tensor
 from transformers import PreTrainedTokenizerBase
 
 from trl_selective.experts.completions import CompletionReader, EmptyCompletionError
@@ -15,7 +13,7 @@ from trl_selective.experts.local import Expert
 from trl_selective.experts.scoring import completion_logps
 from trl_selective.experts.sources import Completion, Sampling
 from trl_selective.grading import Conversation, as_completion
-from trl_selective.sampling.unguided import encode_prompt, end_token_ids, sample_completions
+from trl_selective.sampling.unguided import encode_prompt, end_token_ids, sample_completions, seeded_uniforms
 
 DECIMALS = 6  # of a log-probability: float32 has no more that mean anything
 
@@ -89,6 +87,7 @@ class LocalSource:
         num, temperature = self.sampling.num_completions, self.sampling.temperature
         rows = [row for row in range(len(prompts)) for _ in range(num)]
         prompt_ids = [encode_prompt(self.tokenizer, prompts[row]) for row in rows]
+        shape = self.sampling.num_completions, self.sampling.max_completion_length
         drawn = sample_completions(
             self.model,
             prompt_ids,
@@ -96,7 +95,9 @@ class LocalSource:
             eos_token_ids=self._ends,
             pad_token_id=self._ends[0],
             temperature=temperature,
-            uniforms=torch.cat([self._uniforms(start + row) for row in range(len(prompts))]),
+            uniforms=torch.cat(
+                [seeded_uniforms(self.sampling.seed_of(start + row), *shape) for row in range(len(prompts))]
+            ),
         )
         texts = [self._text(ids) for ids in drawn]
         read = [
@@ -116,12 +117,6 @@ class LocalSource:
             for text, ids, again, is_scored in zip(texts, drawn, read, has_logps, strict=True)
         ]
         return [answers[first : first + num] for first in range(0, len(answers), num)]
-
-    def _uniforms(self, row: int) -> Float[Tensor, "completions positions"]:
-        """The numbers with which the completions of a row are drawn."""
-        generator = torch.Generator().manual_seed(self.sampling.seed_of(row))
-        shape = (self.sampling.num_completions, self.sampling.max_completion_length)
-        return torch.rand(shape, dtype=torch.float64, generator=generator)
 
     def _text(self, token_ids: list[int]) -> str | None:
         """What stands before the end token; None if there is no end, or nothing before it."""

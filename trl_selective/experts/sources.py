@@ -4,12 +4,12 @@ A source answers all prompts from a given row on, in order, one row at a time. W
 number of the completion, so that a run that was interrupted goes on as if it had not been.
 """
 
-import random
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 from typing import Any, Protocol, runtime_checkable
 
 from trl_selective.grading import Conversation
+from trl_selective.sampling.unguided import seed_of
 
 
 @dataclass(frozen=True)
@@ -29,15 +29,15 @@ class Sampling:
     seed: int = field(default=0, metadata={"help": "Of all that is drawn."})
 
     def __post_init__(self):
-        if not (self.num_completions >= 1 and self.max_completion_length >= 1 and self.temperature > 0):
-            raise ValueError(
-                "Expected num_completions >= 1, max_completion_length >= 1 and temperature > 0, got "
-                f"{self.num_completions}, {self.max_completion_length} and {self.temperature}."
-            )
+        for name in ("num_completions", "max_completion_length"):
+            if getattr(self, name) < 1:
+                raise ValueError(f"{name} must be at least 1, got {getattr(self, name)}.")
+        if self.temperature <= 0:
+            raise ValueError(f"temperature must be above 0, got {self.temperature}.")
 
     def seed_of(self, *key: int) -> int:
         """A seed for a row, or for one completion of it: the same in every process and run."""
-        return random.Random(repr((self.seed, *key))).getrandbits(31)
+        return seed_of(self.seed, *key)
 
 
 @dataclass(frozen=True)

@@ -1,5 +1,6 @@
 """What a model says by itself: completions from its full distribution at a temperature, whatever its generation config says."""
 
+import random
 from collections.abc import Collection, Sequence
 from contextlib import contextmanager
 from functools import partial
@@ -34,6 +35,16 @@ def end_token_ids(model, tokenizer: PreTrainedTokenizerBase) -> list[int]:
     """Ids that end an answer of the model: those of its generation config, and its tokenizer's."""
     ends = model.generation_config.eos_token_id
     return sorted({*(ends if isinstance(ends, list) else [ends]), tokenizer.eos_token_id} - {None})
+
+
+def seed_of(*key: int) -> int:
+    """A seed for what `key` names: the same in every process and run, whatever was drawn before."""
+    return random.Random(repr(key)).getrandbits(31)
+
+
+def seeded_uniforms(seed: int, *shape: int) -> Float[Tensor, "..."]:
+    """Uniforms in [0, 1) for `sample_completions`, one for each token, in float64 so that rare tokens keep their exact share."""
+    return torch.rand(shape, dtype=torch.float64, generator=torch.Generator().manual_seed(seed))
 
 
 @torch.no_grad()
