@@ -463,15 +463,15 @@ def test_the_learned_selector_learns_from_effects():
     injector = make_injector(selector="learned")
     (learner,) = injector.selector.learners()
     choice = inject(injector, make_batch([FAILED])).choices[0]
-    assert choice.line is not None
+    assert choice.features is not None
     assert choice.predicted == 0.0  # nothing is known yet
     assert learner.model.num_outcomes == 0
     injection = inject(injector, make_batch([[1.0, 1.0, 0.0, 0.0]]))
-    assert injection.effects == [Effect(choice.line, 0.0, 0.5)]
+    assert injection.effects == [Effect(choice.features, 0.0, 0.5)]
     assert learner.model.num_outcomes == 1
-    line = torch.tensor(choice.line, dtype=torch.float64)
-    torch.testing.assert_close(learner.model.moment, 0.5 * line)
-    torch.testing.assert_close(learner.model.precision, torch.eye(len(line)).double() + line.outer(line))
+    seen = torch.tensor(choice.features, dtype=torch.float64)
+    torch.testing.assert_close(learner.model.moment, 0.5 * seen)
+    torch.testing.assert_close(learner.model.precision, torch.eye(len(seen)).double() + seen.outer(seen))
 
 
 def test_what_others_chose_teaches_as_well():

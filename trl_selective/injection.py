@@ -104,7 +104,7 @@ class Choice:
         group: of all groups.
         completion: what was chosen.
         selector, score: which selector had the say, and what it gave.
-        line, predicted: features and prediction, where a selector learns.
+        features, predicted: of the completion, where a selector learns.
         rewards_per_func: what each reward function gave, NaN for None.
         row: the row of all rows of all processes whose place it takes; None if it stays out: it was no better than the group, or the batch had enough.
     """
@@ -113,7 +113,7 @@ class Choice:
     completion: ExpertCompletion
     selector: str
     score: float
-    line: list[float] | None = None
+    features: list[float] | None = None
     predicted: float | None = None
     rewards_per_func: list[float] = field(default_factory=list)
     row: int | None = None
@@ -259,9 +259,9 @@ class Injector:
             effects += self.memory.effects_on(prompt, success_rate) if scored else []
         for learner in self.selector.learners():
             for effect in effects:
-                if effect.line is not None and effect.predicted is not None:
-                    line = torch.tensor(effect.line, dtype=torch.float64)
-                    learner.model.update(line, effect.predicted, effect.change)
+                if effect.features is not None and effect.predicted is not None:
+                    seen = torch.tensor(effect.features, dtype=torch.float64)
+                    learner.model.update(seen, effect.predicted, effect.change)
         return effects
 
     def _candidates(
@@ -316,9 +316,9 @@ class Injector:
         for group, found in candidates.items():
             for pick in choose(self.selector, found, wanted[group]):
                 picked.append((group, pick.index))
-                line, predicted = self._prediction(found, pick.index)
+                seen, predicted = self._prediction(found, pick.index)
                 choices.append(
-                    Choice(group, found.completions[pick.index], pick.selector, pick.score, line, predicted)
+                    Choice(group, found.completions[pick.index], pick.selector, pick.score, seen, predicted)
                 )
         if not self.selector.needs_gains:
             rewards = score([(batch.first_row(choice.group), choice.completion) for choice in choices])
@@ -331,8 +331,8 @@ class Injector:
         """Features and prediction of a candidate, None where no selector learns."""
         if found.features is None:
             return None, None
-        line = found.features[index]
-        return line.tolist(), (line @ self.selector.learners()[0].model.coefficients).item()
+        seen = found.features[index]
+        return seen.tolist(), (seen @ self.selector.learners()[0].model.coefficients).item()
 
     def _place(self, batch: SampledBatch, choices: list[Choice]) -> list[Choice]:
         """Give each choice that helps the row that can best be spared."""
@@ -367,7 +367,7 @@ class Injector:
         for choice in choices:
             if choice.row is not None:
                 prompt, success_rate = prompts[choice.group], success_rates[choice.group]
-                self.memory.record(prompt, choice.completion.key, success_rate, choice.line, choice.predicted)
+                self.memory.record(prompt, choice.completion.key, success_rate, choice.features, choice.predicted)
 
     def state_dict(self) -> dict[str, Any]:
         """What a resumed run must know, as JSON can hold it; equal on all processes."""

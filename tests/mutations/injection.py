@@ -48,7 +48,7 @@ INJECTION = [
     *mutations(
         "selection/learned.py",
         ("mean + self.exploration * deviation", "mean - self.exploration * deviation", "the unknown is avoided"),
-        ("self.moment + change * line", "self.moment + predicted * line", "it learns what it predicted"),
+        ("self.moment + change * features", "self.moment + predicted * features", "it learns what it predicted"),
         ("        self._solution = None\n        self.moment", "        self.moment", "predictions do not know the last outcome"),
         ("(PRIOR_VARIANCE + unexplained)", "PRIOR_VARIANCE", "what is left unexplained adds no doubt"),
         ("int((predicted + 1) / 2 * NUM_BINS)", "int(predicted * NUM_BINS)", "calibration in the wrong bins"),

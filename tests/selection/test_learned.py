@@ -15,13 +15,13 @@ FLOAT64 = {"dtype": torch.float64}
 
 def random_outcomes(number: int, num_features: int) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
     """Features, predictions and changes of the success rate."""
-    lines = torch.randn(number, num_features, **FLOAT64)
-    return lines, torch.rand(number, **FLOAT64) * 2 - 1, torch.rand(number, **FLOAT64) * 2 - 1
+    rows = torch.randn(number, num_features, **FLOAT64)
+    return rows, torch.rand(number, **FLOAT64) * 2 - 1, torch.rand(number, **FLOAT64) * 2 - 1
 
 
-def learn(model: GainModel, lines, predicted, changes) -> GainModel:
-    for line, prediction, change in zip(lines, predicted.tolist(), changes.tolist(), strict=True):
-        model.update(line, prediction, change)
+def learn(model: GainModel, rows, predicted, changes) -> GainModel:
+    for row, prediction, change in zip(rows, predicted.tolist(), changes.tolist(), strict=True):
+        model.update(row, prediction, change)
     return model
 
 
@@ -30,13 +30,13 @@ def learn(model: GainModel, lines, predicted, changes) -> GainModel:
 
 def test_one_feature_in_numbers():
     model = GainModel(1)
-    line = torch.ones(1, 1, **FLOAT64)
+    row = torch.ones(1, 1, **FLOAT64)
     # nothing known: mean 0, variance 0.25 / 1, of an unknown coefficient of variance 1
-    assert [value.item() for value in model.predict(line)] == [0.0, 0.5]
-    model.update(line[0], 0.0, 0.5)
-    model.update(line[0], 0.0, 0.5)
+    assert [value.item() for value in model.predict(row)] == [0.0, 0.5]
+    model.update(row[0], 0.0, 0.5)
+    model.update(row[0], 0.0, 0.5)
     # precision 1 + 2, moment 1: the mean is 1/3. Residual 0.5 - 1/3 = 1/6, variance (1/4 + 1/6) / 3 = 5/36, deviation sqrt(5/36 / 3)
-    mean, deviation = model.predict(line)
+    mean, deviation = model.predict(row)
     assert mean.item() == pytest.approx(1 / 3)
     assert deviation.item() == pytest.approx(math.sqrt(5 / 108))
 
@@ -44,9 +44,9 @@ def test_one_feature_in_numbers():
 @pytest.mark.parametrize(("number", "num_features"), [(0, 3), (1, 3), (2, 3), (50, 3), (5, 15), (200, 15)])
 def test_the_prediction_is_ridge_regression(number, num_features):
     """min |y - X b|^2 + |b|^2, solved as least squares over the outcomes and one pseudo-outcome 0 for each coefficient."""
-    lines, predicted, changes = random_outcomes(number, num_features)
-    model = learn(GainModel(num_features), lines, predicted, changes)
-    design = torch.cat([lines, torch.eye(num_features, **FLOAT64)])
+    rows, predicted, changes = random_outcomes(number, num_features)
+    model = learn(GainModel(num_features), rows, predicted, changes)
+    design = torch.cat([rows, torch.eye(num_features, **FLOAT64)])
     target = torch.cat([changes, torch.zeros(num_features, **FLOAT64)])
     coefficients = torch.linalg.lstsq(design, target.unsqueeze(1)).solution.squeeze(1)
     variance = (0.25 + (target - design @ coefficients).square().sum()) / (1 + number)
@@ -59,18 +59,18 @@ def test_the_prediction_is_ridge_regression(number, num_features):
 
 def test_a_prediction_knows_the_last_outcome():
     """Also if it was asked before."""
-    lines, predicted, changes = random_outcomes(9, 3)
+    rows, predicted, changes = random_outcomes(9, 3)
     asked, quiet = GainModel(3), GainModel(3)
     for which in range(9):
-        asked.predict(lines)
+        asked.predict(rows)
         for model in (asked, quiet):
-            model.update(lines[which], predicted[which].item(), changes[which].item())
-    for ours, theirs in zip(asked.predict(lines), quiet.predict(lines), strict=True):
+            model.update(rows[which], predicted[which].item(), changes[which].item())
+    for ours, theirs in zip(asked.predict(rows), quiet.predict(rows), strict=True):
         assert torch.equal(ours, theirs)
     resumed = GainModel(3)
-    resumed.predict(lines)
+    resumed.predict(rows)
     resumed.load_state_dict(quiet.state_dict())
-    assert torch.equal(resumed.predict(lines)[0], quiet.predict(lines)[0])
+    assert torch.equal(resumed.predict(rows)[0], quiet.predict(rows)[0])
 
 
 def test_what_is_known_better_deviates_less():
@@ -170,15 +170,15 @@ def test_features_in_numbers():
         times_injected=[0, 2, 9],
         sources=[None, "a", "b"],
     )
-    lines = features(group)
+    rows = features(group)
     # 1, success rate, log(100) / 10, log(length / 6) / 2 up to 1 either way, share of new trigrams, injections / 4 up to 1
-    assert lines[0, :6].tolist() == pytest.approx([1.0, 0.25, 0.4605170, math.log(4 / 6) / 2, 1.0, 0.0])
-    assert lines[1, :6].tolist() == pytest.approx([1.0, 0.25, 0.4605170, 1.0, 0.0, 0.5])  # was injected: nothing new
-    assert lines[2, :6].tolist() == pytest.approx([1.0, 0.25, 0.4605170, math.log(3 / 6) / 2, 0.0, 1.0])
+    assert rows[0, :6].tolist() == pytest.approx([1.0, 0.25, 0.4605170, math.log(4 / 6) / 2, 1.0, 0.0])
+    assert rows[1, :6].tolist() == pytest.approx([1.0, 0.25, 0.4605170, 1.0, 0.0, 0.5])  # was injected: nothing new
+    assert rows[2, :6].tolist() == pytest.approx([1.0, 0.25, 0.4605170, math.log(3 / 6) / 2, 0.0, 1.0])
     # one of the others for the source, none where it is not known
-    assert lines[:, 6:].sum(1).tolist() == [0.0, 1.0, 1.0]
-    assert lines.shape == (3, NUM_FEATURES) == (3, 6 + NUM_SOURCES)
-    assert lines.abs().max() <= 1
+    assert rows[:, 6:].sum(1).tolist() == [0.0, 1.0, 1.0]
+    assert rows.shape == (3, NUM_FEATURES) == (3, 6 + NUM_SOURCES)
+    assert rows.abs().max() <= 1
 
 
 def test_sources_have_the_same_feature_in_every_process():

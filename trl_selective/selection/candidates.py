@@ -25,7 +25,7 @@ class Candidates:
         chosen: indices of the completions that were chosen already.
         logps: mean log pi_theta per token of each completion under the current policy; only where a selector asks for it.
         gains: reward of each completion minus the mean of the group's own, NaN where no function scored it; only where asked for.
-        features: what a selector that learns goes by, one line for each completion; only where there is one.
+        features: what a selector that learns goes by, one row for each completion; only where there is one.
     """
 
     completions: Sequence[ExpertCompletion]

@@ -29,14 +29,14 @@ PRIOR_VARIANCE = 0.25  # of a change, as if seen once
 
 
 def features(candidates: Candidates) -> Float[Tensor, "completions features"]:
-    """One line of about unit size for each completion.
+    """One row of about unit size for each completion.
 
     The policy's log-probabilities are not among them: they would cost a forward pass over all candidates. `learned & learnable` has both.
     """
     mean_length = sum(map(len, candidates.rollouts)) / len(candidates.rollouts)
     share_of_new = candidates.share_of_new(3)
-    lines = torch.zeros(len(candidates), NUM_FEATURES, dtype=torch.float64)
-    lines[:, :NUM_NUMBERS] = torch.tensor(
+    values = torch.zeros(len(candidates), NUM_FEATURES, dtype=torch.float64)
+    values[:, :NUM_NUMBERS] = torch.tensor(
         [
             [
                 1.0,
@@ -52,8 +52,8 @@ def features(candidates: Candidates) -> Float[Tensor, "completions features"]:
     )
     for index, completion in enumerate(candidates.completions):
         if completion.source is not None:
-            lines[index, NUM_NUMBERS + _slot(completion.source)] = 1.0
-    return lines
+            values[index, NUM_NUMBERS + _slot(completion.source)] = 1.0
+    return values
 
 
 @cache
@@ -90,14 +90,14 @@ class GainModel:
             self.bins = torch.zeros(NUM_BINS, 3, dtype=torch.float64)
 
     def predict(
-        self, lines: Float[Tensor, "completions features"]
+        self, features: Float[Tensor, "completions features"]
     ) -> tuple[Float[Tensor, "completions"], Float[Tensor, "completions"]]:
         """Mean of the change to expect, and the standard deviation of that mean."""
-        return lines @ self.coefficients, (lines @ self._solved[1] * lines).sum(1).sqrt()
+        return features @ self.coefficients, (features @ self._solved[1] * features).sum(1).sqrt()
 
     @property
     def coefficients(self) -> Float[Tensor, "features"]:
-        """Their mean: the prediction is `line @ coefficients`."""
+        """Their mean: the prediction is `features @ coefficients`."""
         return self._solved[0]
 
     @property
@@ -114,17 +114,17 @@ class GainModel:
         unexplained = max(0.0, self.sum_of_squares - (self.moment @ coefficients).item())
         return coefficients, inverse * (PRIOR_VARIANCE + unexplained) / (1 + self.num_outcomes)
 
-    def update(self, line: Float[Tensor, "features"], predicted: float, change: float) -> None:
+    def update(self, features: Float[Tensor, "features"], predicted: float, change: float) -> None:
         """Learn from one outcome.
 
         Args:
-            line: features of the completion when it was injected.
+            features: of the completion when it was injected.
             predicted: what was predicted then; it only goes into the calibration.
             change: of the success rate, in [-1, 1].
         """
-        self.precision = self.precision + line.outer(line)
+        self.precision = self.precision + features.outer(features)
         self._solution = None
-        self.moment = self.moment + change * line
+        self.moment = self.moment + change * features
         self.num_outcomes += 1
         self.sum_of_squares += change**2
         index = min(NUM_BINS - 1, max(0, int((predicted + 1) / 2 * NUM_BINS)))

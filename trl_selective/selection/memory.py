@@ -9,12 +9,12 @@ class Effect:
     """What came of one injection.
 
     Attributes:
-        line: features of the completion when it was injected; None if nothing learns from them.
+        features: of the completion when it was injected; None if nothing learns from them.
         predicted: the change that was predicted then.
         change: of the prompt's success rate since, in [-1, 1].
     """
 
-    line: list[float] | None
+    features: list[float] | None
     predicted: float | None
     change: float
 
@@ -40,7 +40,7 @@ class InjectionMemory:
         prompt: str,
         completion: str,
         success_rate: float,
-        line: list[float] | None = None,
+        features: list[float] | None = None,
         predicted: float | None = None,
     ) -> None:
         """Remember an injection.
@@ -48,17 +48,17 @@ class InjectionMemory:
         Args:
             prompt, completion: their keys.
             success_rate: share of the group's own rollouts that were right.
-            line, predicted: features and prediction, where a selector learns.
+            features, predicted: of the completion, where a selector learns.
         """
         times = self.injected.setdefault(prompt, {})
         times[completion] = times.get(completion, 0) + 1
-        entry = {"success_rate": success_rate, "line": line, "predicted": predicted}
+        entry = {"success_rate": success_rate, "features": features, "predicted": predicted}
         self.pending.setdefault(prompt, []).append(entry)
 
     def effects_on(self, prompt: str, success_rate: float) -> list[Effect]:
         """The prompt has come back: what became of what was injected into it the last time."""
         return [
-            Effect(entry["line"], entry["predicted"], success_rate - entry["success_rate"])
+            Effect(entry["features"], entry["predicted"], success_rate - entry["success_rate"])
             for entry in self.pending.pop(prompt, [])
         ]
 
@@ -75,7 +75,7 @@ class InjectionMemory:
             prompt: [
                 {
                     "success_rate": float(entry["success_rate"]),
-                    "line": entry["line"],
+                    "features": entry["features"],
                     "predicted": entry["predicted"],
                 }
                 for entry in entries
