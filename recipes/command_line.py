@@ -138,7 +138,8 @@ class RecipeParser(TrlParser):
             about = [name for name in names if self._value(name) == error.doc]
         else:
             about = [name for name in re.findall(r"\w+", message) if name in names]
-        return next((f"{place}: {message}" for place in map(self._place, about) if place), message)
+        placed = ((place, name) for name in about if (place := self._place(name)))
+        return next((f"{place}: {message.removeprefix(f'{name}: ')}" for place, name in placed), message)
 
     def _value(self, name: str) -> Any:
         return self._given.get(name, self._file.values.get(name) if self._file else None)

@@ -51,10 +51,10 @@ SECTIONS = {
         "With `recipes/evaluate.py`. One answer that takes longer to grade than `--grading_timeout` counts as wrong, and is listed.",
         [
             evaluation("neither benchmarks nor a dataset", {"dataset_name": None}, "benchmarks: got none, and no dataset_name, expected some of ['math500', 'aime24', 'aime25', 'amc', 'minerva', 'olympiadbench', 'gpqa_diamond', 'mmlu_pro', 'arc_challenge']. For other problems, give dataset_name."),
-            evaluation("`--benchmarks math500 aime23`", {"benchmarks": ["math500", "aime23"]}, "command line, --benchmarks: benchmarks: got ['aime23'], expected some of ['math500', 'aime24', 'aime25', 'amc', 'minerva', 'olympiadbench', 'gpqa_diamond', 'mmlu_pro', 'arc_challenge']. For other problems, give dataset_name."),
+            evaluation("`--benchmarks math500 aime23`", {"benchmarks": ["math500", "aime23"]}, "command line, --benchmarks: got ['aime23'], expected some of ['math500', 'aime24', 'aime25', 'amc', 'minerva', 'olympiadbench', 'gpqa_diamond', 'mmlu_pro', 'arc_challenge']. For other problems, give dataset_name."),
             evaluation("no model", {"model_name_or_path": None}, "model_name_or_path is not set: give the Hub id or the folder of a model, or of a LoRA adapter."),
-            evaluation("`--model_name_or_path absent`", {"model_name_or_path": "absent"}, "command line, --model_name_or_path: model_name_or_path: no tokenizer of 'absent' can be loaded. Expected a Hub id, or a folder with a model and its tokenizer. …"),
-            evaluation("`--backend sglang`", {"backend": "sglang"}, "command line, --backend: backend: got 'sglang', expected one of ['transformers', 'vllm']."),
+            evaluation("`--model_name_or_path absent`", {"model_name_or_path": "absent"}, "command line, --model_name_or_path: no tokenizer of 'absent' can be loaded. Expected a Hub id, or a folder with a model and its tokenizer. …"),
+            evaluation("`--backend sglang`", {"backend": "sglang"}, "command line, --backend: got 'sglang', expected one of ['transformers', 'vllm']."),
             evaluation("`--num_samples 4` without a temperature", {"temperature": None}, "command line, --num_samples: At temperature 0 all of num_samples=4 completions of a problem would be the same. Set temperature, or num_samples=1."),
             evaluation("`--top_p 0`", {"top_p": 0}, "command line, --top_p: top_p must be above 0, and at most 1, got 0.0."),
             evaluation("`--ks 1 8` with `--num_samples 4`", {"ks": [1, 8]}, "command line, --num_samples: pass@k needs 1 <= k <= num_samples = 4, got ks=[1, 8]. Set num_samples and temperature."),
@@ -72,7 +72,7 @@ SECTIONS = {
         "With `recipes/collect_expert_completions.py`.",
         [
             collection("`--dataset_train_split x`", {"dataset_train_split": "x", "dataset_name": "folder"}, "command line, --dataset_train_split: The dataset has no split 'x', only ['train']: set dataset_train_split. A folder with train.jsonl and test.jsonl has two."),
-            collection("`--reward_funcs nobody`", {"reward_funcs": "nobody"}, "command line, --reward_funcs: reward_funcs: got 'nobody', expected one of ['boxed_accuracy', 'think_boxed_format'] or `package.module.function`."),
+            collection("`--reward_funcs nobody`", {"reward_funcs": "nobody"}, "command line, --reward_funcs: got 'nobody', expected one of ['boxed_accuracy', 'think_boxed_format'] or `package.module.function`."),
             collection("`--sed 1`", {"sed": "1"}, "command line, --sed: there is no such setting. Did you mean '--seed'?"),
             collection("`--temperature 0`", {"temperature": "0"}, "command line, --temperature: temperature must be above 0, got 0.0."),
             collection("`--expert_model_name_or_path nowhere`", {"expert_model_name_or_path": "nowhere"}, "The expert 'nowhere' could not be loaded. Expected a Hub id, a folder with a model, or a model; its weights in safetensors, into which `save_pretrained` puts older ones (or set use_safetensors to False in expert_model_init_kwargs, if you trust them). …"),
