@@ -21,7 +21,6 @@ an interruption, the same command goes on from there.
 from dataclasses import dataclass, field
 from pathlib import Path
 
-import torch
 from command_line import RecipeParser
 from selective_grpo import ScriptArguments, choose_split, load_reward, load_splits, load_tokenizer
 from transformers import AutoTokenizer
@@ -33,6 +32,7 @@ from trl_selective.experts import (
     LocalSource,
     Sampling,
     Tally,
+    accelerator_or_cpu,
     collect,
     endpoint_client,
     load_expert,
@@ -72,8 +72,9 @@ class CollectArguments:
 
 def local_source(script: ScriptArguments, arguments: CollectArguments, sampling: Sampling) -> LocalSource:
     name = arguments.expert_model_name_or_path
-    device = torch.accelerator.current_accelerator() or torch.device("cpu")
-    model = load_expert(name, device, init_kwargs={"dtype": arguments.dtype} if arguments.dtype else None)
+    model = load_expert(
+        name, accelerator_or_cpu(), init_kwargs={"dtype": arguments.dtype} if arguments.dtype else None
+    )
     policy = ModelConfig(model_name_or_path=arguments.policy_tokenizer_name_or_path or name)
     return LocalSource(
         model,

@@ -21,7 +21,6 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import torch
 from command_line import RecipeParser
 from evaluation_problems import ProblemArguments, SamplingArguments, Task, load_tasks, setting
 from safetensors import SafetensorError
@@ -36,6 +35,7 @@ from trl_selective.evaluation import (
     summarize,
     table,
 )
+from trl_selective.experts import accelerator_or_cpu
 from trl_selective.reporting.card import add_evaluation
 from trl_selective.resuming import OtherRunError
 
@@ -107,7 +107,7 @@ def load_model(model: ModelArguments, dtype: str) -> PreTrainedModel:
 
 
 def load_backend(model: ModelArguments, run: RunArguments, tokenizer: PreTrainedTokenizerBase) -> Backend:
-    device = torch.accelerator.current_accelerator() or torch.device("cpu")
+    device = accelerator_or_cpu()
     dtype = model.dtype or ("float32" if device.type == "cpu" else "bfloat16")
     if run.backend == "vllm":
         own = run.vllm_init_kwargs

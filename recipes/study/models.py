@@ -25,6 +25,8 @@ from make_models import fine_tune, make_model, make_tokenizer
 from tasks import Task, aimless_example, corpus_example, expert_example, wrong_example
 from transformers import AutoModelForCausalLM
 
+from trl_selective.experts import accelerator_or_cpu
+
 QUICKSTART = Path(__file__).parent.parent / "quickstart"
 SHIPPED = {("grid", "expert"): QUICKSTART / "expert", ("grid", "unlearned"): QUICKSTART / "policy"}
 
@@ -54,11 +56,6 @@ RECIPES = {
 }
 
 
-def device() -> torch.device:
-    """Where models are made and measured: where trainers put them."""
-    return torch.accelerator.current_accelerator() or torch.device("cpu")
-
-
 def make(task: Task, name: str, folder: Path, size: dict[str, int] = TINY, steps: int | None = None) -> Path:
     """The folder of a model, which is trained first if it is not there.
 
@@ -86,7 +83,7 @@ def make(task: Task, name: str, folder: Path, size: dict[str, int] = TINY, steps
         start = make(task, recipe.start, folder, size, steps)
         model = AutoModelForCausalLM.from_pretrained(start, dtype=torch.float32)
     fine_tune(
-        model.to(device()),
+        model.to(accelerator_or_cpu()),
         tokenizer,
         partial(recipe.example, task),
         steps=steps or recipe.steps,

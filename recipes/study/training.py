@@ -14,13 +14,13 @@ import datasets
 import torch
 from costs import TOKENS
 from measures import Sampling, as_dataset, greedy, measure
-from models import device, make
+from models import make
 from tasks import TASKS, Problem, Task, splits
 from transformers import AutoModelForCausalLM, AutoTokenizer, TrainerCallback
 from trl import SFTConfig, SFTTrainer
 
 from trl_selective import SelectiveGuidanceGRPOConfig, SelectiveGuidanceGRPOTrainer
-from trl_selective.experts import LocalSource, collect
+from trl_selective.experts import LocalSource, accelerator_or_cpu, collect
 from trl_selective.experts import Sampling as ExpertSampling
 from trl_selective.functional.schedules import cosine
 from trl_selective.grading import Verifier
@@ -148,7 +148,7 @@ def measure_model(task: Task, name: str, output: Path, protocol: dict) -> None:
 
 def _load(task: Task, name: str, output: Path):
     folder = output / "models" / task.name / name
-    return AutoModelForCausalLM.from_pretrained(folder).to(device()), AutoTokenizer.from_pretrained(folder)
+    return AutoModelForCausalLM.from_pretrained(folder).to(accelerator_or_cpu()), AutoTokenizer.from_pretrained(folder)
 
 
 def _final(model, tokenizer, task: Task, problems: list[Problem], protocol: dict) -> dict:

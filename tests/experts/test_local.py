@@ -9,7 +9,14 @@ from transformers import PreTrainedTokenizerFast
 
 from tests.models import tiny_adapter, tiny_model
 from tests.training import EXPERT, POLICY
-from trl_selective.experts import check_expert, load_expert, load_expert_tokenizer, local, on_device
+from trl_selective.experts import (
+    accelerator_or_cpu,
+    check_expert,
+    load_expert,
+    load_expert_tokenizer,
+    local,
+    on_device,
+)
 
 CPU = torch.device("cpu")
 WORDS = ["<pad>", "<eos>", "a", "b", "c"]
@@ -25,6 +32,13 @@ def expert_ending_with(ids):
     expert = tiny_model(1)
     expert.generation_config.eos_token_id = ids
     return expert
+
+
+@pytest.mark.parametrize(("is_available", "expected"), [(False, CPU), (True, torch.device("cuda"))])
+def test_a_build_for_accelerators_on_a_machine_without(monkeypatch, is_available, expected):
+    monkeypatch.setattr(torch.accelerator, "current_accelerator", lambda: torch.device("cuda"))
+    monkeypatch.setattr(torch.accelerator, "is_available", lambda: is_available)
+    assert accelerator_or_cpu() == expected
 
 
 def assert_frozen(expert):

@@ -4,7 +4,14 @@ from trl_selective.experts.collect import Tally, collect
 from trl_selective.experts.completions import CompletionReader, ExpertCompletion
 from trl_selective.experts.endpoint import endpoint_client
 from trl_selective.experts.endpoint_source import EndpointSource
-from trl_selective.experts.local import Expert, check_expert, load_expert, load_expert_tokenizer, on_device
+from trl_selective.experts.local import (
+    Expert,
+    accelerator_or_cpu,
+    check_expert,
+    load_expert,
+    load_expert_tokenizer,
+    on_device,
+)
 from trl_selective.experts.local_source import LocalSource
 from trl_selective.experts.patient_endpoint import ExpertServerError
 from trl_selective.experts.scoring import completion_laws, completion_logps, evaluation_mode
@@ -24,6 +31,7 @@ __all__ = [
     "Sampling",
     "Source",
     "Tally",
+    "accelerator_or_cpu",
     "check_expert",
     "collect",
     "completion_laws",

@@ -70,6 +70,12 @@ def load_expert(
     return expert if is_placed else expert.to("cpu" if offload else device)
 
 
+def accelerator_or_cpu() -> torch.device:
+    """Where models run by default. A build of PyTorch for accelerators names one also where there is none."""
+    device = torch.accelerator.current_accelerator() if torch.accelerator.is_available() else None
+    return device or torch.device("cpu")
+
+
 @contextmanager
 def on_device(expert: Expert, device: torch.device) -> Iterator[None]:
     """An offloaded expert on `device`, and in main memory again afterwards."""
