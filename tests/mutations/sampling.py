@@ -201,6 +201,8 @@ SAMPLING = [
             "return {} if is_taken",
             "the load of experts is balanced behind a cache",
         ),
+        ("(cache is None or self.cache is cache)", "True", "a model that goes on from nothing is believed"),
+        ("return any(issubclass", "return all(issubclass", "a layer without attention is one too many"),
         (
             "torch.cat(logits[-num_logits:], dim=1)",
             "torch.cat(logits[:num_logits], dim=1)",
