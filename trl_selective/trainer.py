@@ -172,7 +172,7 @@ class SelectiveGuidanceGRPOTrainer(GRPOTrainer):
         self._warned_of: set[str] = set()  # settings that do not fit the run, its data or its rewards
         self._check_run()
         if self._settings_in_use():
-            self._scale = RewardScale(
+            self._reward_scale = RewardScale(
                 self.reward_func_names,
                 self.reward_weights,
                 self.num_generations,
@@ -428,8 +428,10 @@ class SelectiveGuidanceGRPOTrainer(GRPOTrainer):
             batch.rows,
             prompt_ids,
             batch.completion_ids,
-            rewards=self._scale.totals(rewards_per_func).cpu(),
-            is_correct=self._scale.is_correct(rewards_per_func, self._scale.span(rewards_per_func)).cpu(),
+            rewards=self._reward_scale.totals(rewards_per_func).cpu(),
+            is_correct=self._reward_scale.is_correct(
+                rewards_per_func, self._reward_scale.span(rewards_per_func)
+            ).cpu(),
             is_guided=self._was_guided().cpu(),
             step=self.state.global_step,
             process_index=process_index,
@@ -622,8 +624,8 @@ class SelectiveGuidanceGRPOTrainer(GRPOTrainer):
     def _apply_guidance(self, output: dict, batch: GuidedBatch) -> dict:
         """Replace TRL's advantages, and what it logged of this batch, by those of mixed-policy GRPO (Eq. 10-11) with injected rows."""
         before, now = batch.sampled_rewards_per_func, batch.rewards_per_func
-        sampled, rewards = self._scale.totals(before), self._scale.totals(now)
-        reward_range = self._scale.span(before, now)
+        sampled, rewards = self._reward_scale.totals(before), self._reward_scale.totals(now)
+        reward_range = self._reward_scale.span(before, now)
         is_guided, is_injected = self._was_guided(), torch.zeros_like(rewards, dtype=torch.bool)
         for choice in batch.injection.injected if batch.injection else ():
             is_injected.view(-1)[choice.row] = True
@@ -642,9 +644,9 @@ class SelectiveGuidanceGRPOTrainer(GRPOTrainer):
             local = [values.flatten()[own_rows][: batch.num_rows] for values in (advantages, is_guided, is_injected)]
             self._label_rows(output, batch, *local)
             self._logs["advantages"].extend(advantages.tolist())  # as many as the deque holds
-        verdicts = [self._scale.is_correct(each, reward_range) for each in (before, now)]
+        verdicts = [self._reward_scale.is_correct(each, reward_range) for each in (before, now)]
         divides = bool(batch.num_guided) or self.args.injection_advantage == "positive_excess"
-        for setting, problem in self._scale.problems(before, divides=divides).items():
+        for setting, problem in self._reward_scale.problems(before, divides=divides).items():
             self._warn_once(setting, problem)
         self._log_batch(batch, sampled, rewards, is_guided, is_injected, verdicts, reward_range)
         return output
@@ -755,7 +757,7 @@ class SelectiveGuidanceGRPOTrainer(GRPOTrainer):
         if injection.choices:
             given = torch.tensor([choice.rewards_per_func for choice in injection.choices])
             groups = [choice.group for choice in injection.choices]
-            is_accepted = self._scale.is_correct(given, reward_range.cpu()[groups]).flatten().tolist()
+            is_accepted = self._reward_scale.is_correct(given, reward_range.cpu()[groups]).flatten().tolist()
         num_groups = len(reward_range)
         metrics = injection_metrics(injection, is_accepted, num_groups, num_groups * self.num_generations)
         for learner in self._injector.selector.learners():

@@ -109,7 +109,7 @@ TRAINING = [
     *mutations(
         "trainer.py",
         ("batch.rewards_per_func[choice.row] = torch.tensor(choice.rewards_per_func)", "pass", "injected rows keep the reward of what they replaced"),
-        ("self._scale.totals(before), self._scale.totals(now)", "self._scale.totals(now), self._scale.totals(now)", "injected rewards are in the baseline"),
+        ("self._reward_scale.totals(before), self._reward_scale.totals(now)", "self._reward_scale.totals(now), self._reward_scale.totals(now)", "injected rewards are in the baseline"),
         ("list(choice.completion.token_ids)\n            completions[row]", "list(choice.completion.token_ids[:-1])\n            completions[row]", "the end token is dropped"),
         tests=("test_injected_training.py::test_the_worst_row_makes_room_and_the_others_keep_their_advantages",),
     ),
