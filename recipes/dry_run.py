@@ -20,7 +20,7 @@ from trl import ModelConfig, get_peft_config
 
 from trl_selective import SelectiveGuidanceGRPOConfig
 from trl_selective.checks import check_columns
-from trl_selective.config import TRUNCATED
+from trl_selective.functional.importance import TRUNCATED
 from trl_selective.memory import (
     GIB,
     Estimate,

@@ -36,6 +36,7 @@ PARTS = [
     "checkpoints",
     "trl_versions",
     "presets",
+    "combinations",
     "config",
     "checks",
     "sharding",

@@ -13,7 +13,7 @@ from torch import Tensor
 from transformers import PreTrainedModel, PreTrainedTokenizerBase, TrainingArguments
 
 from trl_selective.checks import check_expert_argument, check_shared_base
-from trl_selective.config import TRUNCATED, SelectiveGuidanceGRPOConfig
+from trl_selective.config import SelectiveGuidanceGRPOConfig
 from trl_selective.engines.coin import Coin
 from trl_selective.engines.engine import LocalEngine, ServedEngine
 from trl_selective.engines.sampler import VllmCoinSampler, choose_sentinel
@@ -29,6 +29,7 @@ from trl_selective.experts import (
     share_base,
     with_own_forwards,
 )
+from trl_selective.functional.importance import TRUNCATED
 from trl_selective.injection import Injector
 from trl_selective.sampling import GuidedSampler, make_sampler
 from trl_selective.selection import Selector, Trigger, make_selector, make_trigger

@@ -6,11 +6,12 @@ import warnings
 from dataclasses import dataclass, field, fields
 from numbers import Integral, Real
 from typing import Any
-from urllib.parse import SplitResult, urlsplit
 
 from trl import GRPOConfig
 
+from trl_selective.combinations import check_combinations
 from trl_selective.experts.completions import OVERLONG
+from trl_selective.functional.importance import TRUNCATED
 from trl_selective.functional.schedules import Schedule, constant, cosine, join, linear
 from trl_selective.injection import REPLACEABLE
 from trl_selective.presets import BESIDE, PRESETS
@@ -23,7 +24,6 @@ SAMPLERS = ("auto", "coin", "speculative", "stepwise")
 MIXTURE_POLICIES = ("current", "initial")
 INJECTION_ADVANTAGES = ("positive_excess", "group")
 INJECTION_CORRECTIONS = ("policy_shaping", "sequence_policy_shaping", "truncated", "sequence_truncated", "none")
-TRUNCATED = ("truncated", "sequence_truncated")  # those that need the expert's log-probabilities
 
 # Every guidance field is None until it is set by the user, then by the preset, then from here. A field that stays None says so in its help.
 DEFAULTS: dict[str, Any] = {
@@ -81,11 +81,6 @@ def _option(help: str, **kwargs) -> Any:
     return field(default=None, metadata={"help": help, **kwargs})
 
 
-def _without_secrets(address: SplitResult) -> str:
-    """An address without what may be a key."""
-    return address._replace(netloc=address.netloc.rpartition("@")[2], query="").geturl()
-
-
 def _without_tokens(settings: dict[str, Any]) -> dict[str, Any]:
     """Settings, without the keys for a Hub that are among the arguments of `from_pretrained`."""
     arguments = {name: settings[name] for name in ("model_init_kwargs", "expert_model_init_kwargs")}
@@ -94,15 +89,6 @@ def _without_tokens(settings: dict[str, Any]) -> dict[str, Any]:
         for name, given in arguments.items()
         if isinstance(given, dict)
     }
-
-
-def _is_address(address: SplitResult) -> bool:
-    """Whether it is one of HTTP, with no place for a key in it."""
-    try:
-        is_whole = address.scheme in ("http", "https") and bool(address.hostname) and address.port != 0
-    except ValueError:  # no number, or too large a one
-        return False
-    return is_whole and not address.query and "@" not in address.netloc
 
 
 @dataclass
@@ -352,15 +338,7 @@ class SelectiveGuidanceGRPOConfig(GRPOConfig):
             raise ValueError(
                 f"expert_model_init_kwargs must be a dict, or one as JSON, such as {{'dtype': 'float32'}}, got {self.expert_model_init_kwargs!r}."
             )
-        if self.num_guided_generations or self.num_injected_completions:
-            self._check_groups()
-            self._check_combinations()
-            if self.expert_model_server_url is not None:
-                self._check_server()
-        if self.num_guided_generations:
-            self._check_guided()
-        if self.num_injected_completions:
-            self._check_injection()
+        check_combinations(self)
         self._warn_without_effect(explicit)
         self._warn_unbounded()
 
@@ -441,170 +419,6 @@ class SelectiveGuidanceGRPOConfig(GRPOConfig):
                 raise ValueError(f"{name} must be {expected}, got {value!r}.")
             if math.isinf(value) and name not in MAY_BE_INFINITE:
                 raise ValueError(f"{name} must be finite, got {value}.")
-
-    def _check_groups(self) -> None:
-        on_policy = self.num_generations - self.num_guided_generations - self.num_injected_completions
-        if on_policy < 2:
-            taken = " and ".join(
-                f"{name}={getattr(self, name)}"
-                for name in ("num_guided_generations", "num_injected_completions")
-                if getattr(self, name)
-            )
-            raise ValueError(
-                f"{taken} of num_generations={self.num_generations} leaves {on_policy} on-policy "
-                "rollouts per prompt, but their mean and standard deviation are the baseline: at least 2 are needed. Guide or inject fewer, or "
-                "raise num_generations."
-            )
-        local = self.per_device_train_batch_size * self.steps_per_generation
-        if local % self.num_generations:
-            raise ValueError(
-                f"per_device_train_batch_size * steps_per_generation = {self.per_device_train_batch_size} * {self.steps_per_generation} = "
-                f"{local} is no multiple of num_generations={self.num_generations}: a group would be split over processes, which would then "
-                "disagree on its guided rollouts. Change one of the three so that each process holds whole groups."
-            )
-
-    def _check_combinations(self) -> None:
-        if self.multi_objective_aggregation != "sum_then_normalize":
-            raise ValueError(
-                f"multi_objective_aggregation={self.multi_objective_aggregation!r} normalises each reward over all rollouts, which has no "
-                "counterpart for guided ones. Use 'sum_then_normalize'."
-            )
-        if self.expert_model_shares_base and self.expert_model_offload:
-            raise ValueError(
-                "expert_model_offload=True would move the base model that the policy needs as well: with expert_model_shares_base=True there is "
-                "one. Unset either."
-            )
-        if self.expert_model_shares_base and self.expert_model_init_kwargs:
-            raise ValueError(
-                f"expert_model_init_kwargs={self.expert_model_init_kwargs!r} says how to load an expert, but with expert_model_shares_base=True it has "
-                "the policy's base model. Use model_init_kwargs, or unset either."
-            )
-        if self.max_completion_length is None or self.max_completion_length < 1:
-            raise ValueError(
-                f"Guidance needs a bound on lengths, got max_completion_length={self.max_completion_length}. Set it to the longest completion, in "
-                "tokens."
-            )
-        if not 0 < self.temperature < math.inf:
-            raise ValueError(
-                f"temperature must be positive and finite, got {self.temperature:g}: rollouts of a group would all be the same, or none at all. "
-                "Set it to 1.0, TRL's default."
-            )
-
-    def _check_guided(self) -> None:
-        truncating = {
-            "top_p": self.top_p not in (None, 1.0),
-            "top_k": bool(self.top_k) and self.top_k > 0,
-            "min_p": bool(self.min_p),
-            "repetition_penalty": self.repetition_penalty != 1.0,
-        }
-        if changed := [f"{name}={getattr(self, name)}" for name, is_on in truncating.items() if is_on]:
-            raise ValueError(
-                f"Guided rollouts are drawn from the full distribution, got {', '.join(changed)}: guided and on-policy rollouts would follow "
-                "different policies, and importance ratios would be wrong. Leave these at their defaults and use `temperature`."
-            )
-        if self.generation_kwargs:
-            raise ValueError(
-                f"Guided rollouts do not know generation_kwargs, got {self.generation_kwargs}: they would follow another policy than the "
-                "on-policy ones. Leave it unset and use `temperature` and `max_completion_length`; with vLLM, all rollouts end at the end tokens of "
-                "tokenizer and generation config."
-            )
-        if self.use_vllm:
-            self._check_vllm()
-        if self.importance_sampling_level == "sequence" and self.guided_importance_correction.startswith("token"):
-            raise ValueError(
-                f"importance_sampling_level='sequence' has one ratio per completion, but guided_importance_correction="
-                f"{self.guided_importance_correction!r} weighs single tokens. Use 'sequence_truncate' or 'sequence_mask', or "
-                "importance_sampling_level='token'."
-            )
-        if self.mixture_policy == "initial" and self.guided_importance_correction != "none":
-            raise ValueError(
-                f"guided_importance_correction={self.guided_importance_correction!r} needs the probabilities of the current policy, but with "
-                "mixture_policy='initial' the sampler sees only those of the initial one. Use mixture_policy='current' or 'none'."
-            )
-
-    def _check_vllm(self) -> None:
-        if self.guided_sampler not in ("auto", "coin"):
-            raise ValueError(
-                f"guided_sampler={self.guided_sampler!r} needs the distributions of the policy, but with use_vllm=True an engine draws from them. Use "
-                "'coin' or 'auto', or set use_vllm=False."
-            )
-        if self.mixture_policy == "initial":
-            raise ValueError(
-                "mixture_policy='initial' needs the initial policy beside the trained one, but with use_vllm=True the engine has the trained one "
-                "alone. Use mixture_policy='current', or set use_vllm=False."
-            )
-        if self.vllm_structured_outputs_regex is not None:
-            raise ValueError(
-                f"Guided rollouts are drawn from the full distribution, got vllm_structured_outputs_regex={self.vllm_structured_outputs_regex!r}. "
-                "Unset it."
-            )
-        if self.vllm_mode == "colocate" and self.vllm_enable_sleep_mode:
-            raise ValueError(
-                "vllm_enable_sleep_mode=True puts the engine to sleep before guided rollouts are drawn. Set it to False, and lower "
-                "vllm_gpu_memory_utilization instead."
-            )
-        if self.vllm_mode == "colocate" and self.vllm_tensor_parallel_size > 1:
-            raise ValueError(
-                f"vllm_tensor_parallel_size={self.vllm_tensor_parallel_size} spreads one engine over processes, each of which writes guided rollouts of "
-                "its own. Set it to 1, or use vllm_mode='server'."
-            )
-
-    def _check_server(self) -> None:
-        try:
-            address = urlsplit(str(self.expert_model_server_url))
-        except ValueError:
-            address = urlsplit("")
-        if not _is_address(address):
-            raise ValueError(
-                f"expert_model_server_url must be an address such as 'http://localhost:8000/v1', got {_without_secrets(address)!r}. A key goes "
-                "into the environment variable OPENAI_API_KEY, where nobody saves it."
-            )
-        local = (
-            "expert_model_revision",
-            "expert_model_init_kwargs",
-            "expert_model_offload",
-            "expert_model_shares_base",
-        )
-        if given := [f"{name}={getattr(self, name)!r}" for name in local if getattr(self, name)]:
-            raise ValueError(
-                f"{', '.join(given)} is for an expert in this process, but expert_model_server_url names a server. Start the server with what "
-                "you need, and unset it here."
-            )
-        if self.num_guided_generations and self.guided_sampler not in ("auto", "coin"):
-            raise ValueError(
-                f"guided_sampler={self.guided_sampler!r} needs the distributions of the expert, but a server only draws from them. Use 'coin' or "
-                "'auto', or load the expert here."
-            )
-        corrections = {
-            "guided_importance_correction": self.num_guided_generations
-            and self.guided_importance_correction != "none",
-            "injection_correction": self.num_injected_completions and self.injection_correction in TRUNCATED,
-        }
-        for name, needs_probabilities in corrections.items():
-            if needs_probabilities and self.temperature != 1:
-                raise ValueError(
-                    f"{name}={getattr(self, name)!r} needs the expert's probabilities at temperature={self.temperature:g}, but a server gives "
-                    f"them at 1 alone. Use temperature=1.0, another {name}, or load the expert here."
-                )
-
-    def _check_injection(self) -> None:
-        if self.importance_sampling_level == "sequence" and self.injection_correction in (
-            "policy_shaping",
-            "truncated",
-        ):
-            raise ValueError(
-                f"importance_sampling_level='sequence' has one ratio per completion, but injection_correction={self.injection_correction!r} "
-                f"weighs single tokens. Use 'sequence_{self.injection_correction}' or 'none', or importance_sampling_level='token'."
-            )
-        if self.overlong_expert_completions == "truncate" and self.mask_truncated_completions:
-            raise ValueError(
-                "overlong_expert_completions='truncate' cuts expert completions, and mask_truncated_completions=True masks all that were cut: they "
-                "would take the place of rollouts and teach nothing. Use 'drop', or set mask_truncated_completions=False."
-            )
-        if self.remove_unused_columns:
-            raise ValueError(
-                f"remove_unused_columns=True drops the column {self.expert_completions_column!r}. Set it to False, TRL's default."
-            )
 
     def _warn_without_effect(self, explicit: set[str]) -> None:
         """Name the settings of the user that do nothing in the chosen mode, once and with the first reason that applies, which covers the others.

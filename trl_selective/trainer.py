@@ -40,7 +40,7 @@ from trl_selective.checks import (
     late_start_problem,
     refuse_update,
 )
-from trl_selective.config import TRUNCATED, SelectiveGuidanceGRPOConfig
+from trl_selective.config import SelectiveGuidanceGRPOConfig
 from trl_selective.engines.engine import check_version
 from trl_selective.engines.sampler import VllmCoinSampler
 from trl_selective.experts import (
@@ -51,6 +51,7 @@ from trl_selective.experts import (
     on_device,
 )
 from trl_selective.functional.advantages import mixed_group_advantages, total_reward
+from trl_selective.functional.importance import TRUNCATED
 from trl_selective.grading import watched
 from trl_selective.guided_batch import GuidedBatch
 from trl_selective.injection import Injection, SampledBatch

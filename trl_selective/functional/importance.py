@@ -16,6 +16,10 @@ from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
 Mask = Bool[Tensor, "batch seq"] | Int[Tensor, "batch seq"]
+TRUNCATED = (
+    "truncated",
+    "sequence_truncated",
+)  # corrections of injected rows that need the expert's log-probabilities
 
 
 def truncated_importance_weight(
