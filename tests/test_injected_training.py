@@ -854,6 +854,25 @@ def test_the_share_of_the_gradient_and_the_log_probs_are_those_of_the_loss(tmp_p
     assert logged(trainer, "guidance/injection/logp") == pytest.approx([logps[tokens & rows].mean().item()], rel=1e-4)
 
 
+@pytest.mark.parametrize("micro_batch", [4, 1])
+def test_metrics_of_an_update_do_not_depend_on_its_micro_batches(tmp_path, micro_batch):
+    settings = {
+        "injection_trigger": "always",
+        "reward_funcs": length_reward,
+        "max_steps": 1,
+    }
+    whole = trained(tmp_path / "a", **settings, per_device_train_batch_size=16)
+    parts = trained(
+        tmp_path / "b",
+        **settings,
+        per_device_train_batch_size=micro_batch,
+        gradient_accumulation_steps=16 // micro_batch,
+    )
+    for name in ("gradient_share", "logp"):
+        (expected,), (got,) = (logged(trainer, f"guidance/injection/{name}") for trainer in (whole, parts))
+        assert got == pytest.approx(expected, rel=1e-4)
+
+
 def test_entropy_means_the_policy(tmp_path):
     trainer = trained(tmp_path, max_steps=1)
     (output,) = trainer.outputs

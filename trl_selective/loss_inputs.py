@@ -14,7 +14,8 @@ from trl_selective.functional.thresholds import EntropyHistogram
 
 
 class LossSums(NamedTuple):
-    """What is added up over a micro-batch, and over the processes.
+    """What is added up over a micro-batch, over the processes, and over the micro-batches of an update: ratios of sums do not depend on how a
+    batch is cut.
 
     Attributes:
         num_invalid: rows to which the policy gives no finite log-probability, or no entropy where that is needed.
@@ -23,13 +24,17 @@ class LossSums(NamedTuple):
         injected_advantage, advantage: sizes of the weighted advantages of the tokens of injected rows, and of all.
     """
 
-    num_invalid: float
-    entropy: float
-    num_on_policy: float
+    num_invalid: float = 0.0
+    entropy: float = 0.0
+    num_on_policy: float = 0.0
     logp: float = 0.0
     num_injected: float = 0.0
     injected_advantage: float = 0.0
     advantage: float = 0.0
+
+    def plus(self, other: "LossSums") -> "LossSums":
+        """The sums of both."""
+        return LossSums(*(ours + theirs for ours, theirs in zip(self, other, strict=True)))
 
     @property
     def mean_entropy(self) -> float:
@@ -38,7 +43,7 @@ class LossSums(NamedTuple):
 
     @property
     def injected_metrics(self) -> dict[str, float]:
-        """Mean log-probability of injected tokens, and their share of the gradient."""
+        """Mean log-probability of injected tokens, and their share of the gradient. NaN where there is nothing to divide by."""
         return {
             "guidance/injection/logp": _ratio(self.logp, self.num_injected),
             "guidance/injection/gradient_share": _ratio(self.injected_advantage, self.advantage),
@@ -82,10 +87,8 @@ def bind_to_policy(
     if needs_entropies:
         is_finite &= entropies.isfinite()
     inputs["is_finite"] = (is_finite | ~mask).all(dim=1)
-    sums = [(~inputs["is_finite"]).sum(), entropies[on_policy].double().sum(), on_policy.sum()]
+    old, tokens = inputs.get("old_per_token_logps", logps), mask & is_injected
     if "is_injected" in inputs:
-        old = inputs.get("old_per_token_logps", logps)
-        tokens = mask & is_injected
         behaviour_logps = inputs.get("behaviour_per_token_logps")
         weights = injected_importance_weight(
             logps, behaviour_logps, tokens, correction, gamma=gamma, max_ratio=max_ratio
@@ -94,6 +97,15 @@ def bind_to_policy(
         advantages = advantages if advantages.dim() == 2 else advantages.unsqueeze(1)
         inputs["advantages"] = advantages * torch.where(is_injected, weights, 1.0)
         inputs["old_per_token_logps"] = torch.where(is_injected, logps, old)
-        size = inputs["advantages"].abs().expand_as(mask)
-        sums += [old[tokens].double().sum(), tokens.sum(), size[tokens].double().sum(), size[mask].double().sum()]
-    return torch.stack([value.double() for value in sums])
+    size = inputs["advantages"].abs().double()
+    size = (size if size.dim() == 2 else size.unsqueeze(1)).expand_as(mask)
+    sums = {
+        "num_invalid": (~inputs["is_finite"]).sum(),
+        "entropy": entropies[on_policy].double().sum(),
+        "num_on_policy": on_policy.sum(),
+        "logp": old[tokens].double().sum(),
+        "num_injected": tokens.sum(),
+        "injected_advantage": size[tokens].sum(),
+        "advantage": size[mask].sum(),
+    }
+    return torch.stack([sums[name].double() for name in LossSums._fields])

@@ -168,6 +168,7 @@ class SelectiveGuidanceGRPOTrainer(GRPOTrainer):
         self._batch: GuidedBatch | None = None  # while a guided batch is generated and scored
         self._loss_inputs: dict | None = None  # while the loss of a micro-batch is computed
         self._loss_sums: torch.Tensor | None = None  # what `bind_to_policy` adds up in that micro-batch
+        self._update_sums = LossSums()  # of the micro-batches of an update
         self._last_injected: tuple[list, list] | None = None  # prompts and completions, until the policy was updated
         self._logged_batch: LoggedBatch | None = None  # the last one, until it was written
         self._warned_of: set[str] = set()  # settings that do not fit the run, its data or its rewards
@@ -679,7 +680,7 @@ class SelectiveGuidanceGRPOTrainer(GRPOTrainer):
 
     def _compute_loss(self, model, inputs):
         is_labelled = "is_guided" in inputs or "is_injected" in inputs
-        is_measured = self.num_guided_generations and self._guidance_coef() > 0
+        is_measured = self._settings_in_use() and self._guidance_coef() > 0
         if not (is_labelled or is_measured) or not self.model.training:
             return super()._compute_loss(model, inputs)
         bound = self._loss_inputs = dict(inputs)  # a copy: the batch itself may be used again
@@ -693,9 +694,13 @@ class SelectiveGuidanceGRPOTrainer(GRPOTrainer):
                 bound["is_finite"], self._tokenizer.batch_decode(bound["prompt_ids"], skip_special_tokens=True)
             )
         metrics = self._metrics["train"]
-        metrics["entropy"][-1] = sums.mean_entropy
-        for name, value in (sums.injected_metrics if "is_injected" in inputs else {}).items():
-            metrics[name].append(value)
+        if self.num_guided_generations or "is_injected" in inputs:
+            metrics["entropy"][-1] = sums.mean_entropy
+        self._update_sums = self._update_sums.plus(sums)
+        if self.accelerator.sync_gradients:  # the last micro-batch of the update
+            for name, value in (self._update_sums.injected_metrics if self._update_sums.num_injected else {}).items():
+                metrics[name].append(value)
+            self._update_sums = LossSums()
         return loss
 
     def _get_per_token_logps_and_entropies(self, *args, **kwargs):

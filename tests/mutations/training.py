@@ -157,6 +157,11 @@ TRAINING = [
     ),
     *mutations(
         "trainer.py",
+        ("if self.accelerator.sync_gradients:", "if True:", "ratios of micro-batches are averaged"),
+        tests=("test_injected_training.py::test_metrics_of_an_update_do_not_depend_on_its_micro_batches",),
+    ),
+    *mutations(
+        "trainer.py",
         ("        if sums.num_invalid:", "        if False:", "an update with NaN"),
         tests=("test_numerics.py",),
     ),
@@ -169,7 +174,7 @@ TRAINING = [
     *mutations(
         "loss_inputs.py",
         ("old[tokens].double().sum()", "logps[tokens].double().sum()", "the log-probability of injected rows after an update"),
-        ("size[mask].double().sum()", "size.double().sum()", "padding has a share of the gradient"),
+        ("size[mask].sum()", "size.sum()", "padding has a share of the gradient"),
         ("part / whole if whole else math.nan", "part", "sums are logged as means"),
     ),
     *mutations(
