@@ -56,7 +56,7 @@ from trl_selective.grading import watched
 from trl_selective.guided_batch import GuidedBatch
 from trl_selective.injection import Injection, SampledBatch
 from trl_selective.loss_inputs import LossSums, bind_to_policy
-from trl_selective.reporting.card import TrainingRun, add_evaluation, extend_card
+from trl_selective.reporting.card import TrainingRun, add_evaluation, evaluated_at, extend_card
 from trl_selective.reporting.card_method import method
 from trl_selective.reporting.dynamics import save_training_dynamics
 from trl_selective.reporting.metrics import (
@@ -171,6 +171,7 @@ class SelectiveGuidanceGRPOTrainer(GRPOTrainer):
         self._update_sums = LossSums()  # of the micro-batches of an update
         self._last_injected: tuple[list, list] | None = None  # prompts and completions, until the policy was updated
         self._logged_batch: LoggedBatch | None = None  # the last one, until it was written
+        self._evaluated_at: int | None = None  # when the weights with which training began were evaluated
         self._warned_of: set[str] = set()  # settings that do not fit the run, its data or its rewards
         self._check_run()
         if self._settings_in_use():
@@ -323,14 +324,16 @@ class SelectiveGuidanceGRPOTrainer(GRPOTrainer):
         """Decide whether this batch is guided: in training, while alpha > 0, with guided rollouts once there is a threshold."""
         if not self._settings_in_use() or not self.model.training:
             return None
-        coef = self._guidance_coef()
-        self._metrics["train"]["guidance/coef"].append(coef)
-        if coef == 0:
-            return None
-        threshold = self._entropy_threshold() if self.num_guided_generations else None
-        if threshold is None and not self.num_injected_completions:
-            return None
+        coef, metrics = self._guidance_coef(), self._metrics["train"]
+        metrics["guidance/coef"].append(coef)
+        threshold = self._entropy_threshold() if self.num_guided_generations and coef > 0 else None
         num_guided = 0 if threshold is None else self.num_guided_generations
+        if self.num_guided_generations:
+            metrics["guidance/rows"].append(num_guided / self.num_generations)
+        if self.num_injected_completions and coef == 0:  # otherwise known once they are chosen
+            metrics["guidance/injection/rows"].append(0.0)
+        if coef == 0 or not (num_guided or self.num_injected_completions):
+            return None
         return GuidedBatch(coef, threshold, self.num_generations, num_guided, len(rows), rows=rows)
 
     def _entropy_threshold(self) -> float | None:
@@ -808,6 +811,7 @@ class SelectiveGuidanceGRPOTrainer(GRPOTrainer):
         """As [`~transformers.Trainer.train`], but `resume_from_checkpoint=True` goes on from the last checkpoint that was written to its
         end, and one that was not is refused. Leaves `training_dynamics.png` in the output folder, where matplotlib is installed."""
         resume_from_checkpoint = checkpoint_to_resume(resume_from_checkpoint, self.args.output_dir)
+        self._evaluated_at = evaluated_at(self.args.output_dir)
         output = super().train(resume_from_checkpoint, *args, **kwargs)
         if self.is_world_process_zero() and (problem := self._save_picture()):
             logger.warning("No picture of the training dynamics: %s", problem)
@@ -868,7 +872,14 @@ class SelectiveGuidanceGRPOTrainer(GRPOTrainer):
             self._save_picture()
             if self._settings_in_use():
                 extend_card(self.args.output_dir, self._training_run())
-                add_evaluation(self.args.output_dir)
+                if evaluated_at(self.args.output_dir) != self._evaluated_at:
+                    add_evaluation(self.args.output_dir)
+                elif self._evaluated_at is not None:
+                    self._warn_once(
+                        "evaluation",
+                        f"The results in {self.args.output_dir}/evaluation are of the weights with which this training began: they are not in the "
+                        "model card. Evaluate again.",
+                    )
         except Exception as error:  # noqa: BLE001  no card is worth a training run
             warnings.warn(f"The model card says less than it could: {type(error).__name__}: {error}", stacklevel=2)
 

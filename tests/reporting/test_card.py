@@ -9,6 +9,7 @@ from pathlib import Path
 
 import pytest
 from huggingface_hub import ModelCard, constants
+from transformers import TrainerCallback
 from transformers.utils import PushInProgress
 from trl import GRPOConfig, GRPOTrainer
 
@@ -54,7 +55,7 @@ RESULTS = {
 
 
 def write_results(folder, results=RESULTS):
-    (folder / "evaluation").mkdir(parents=True)
+    (folder / "evaluation").mkdir(parents=True, exist_ok=True)
     (folder / "evaluation" / "results.json").write_text(json.dumps(results))
 
 
@@ -288,12 +289,35 @@ def test_a_picture_that_is_being_uploaded_does_not_change(tmp_path):
 )
 def test_no_card_is_worth_a_training_run(tmp_path, results, message):
     """Results that cannot be read are told; training, its checkpoints and the rest of the card are there."""
-    write_results(tmp_path)
-    (tmp_path / "evaluation" / "results.json").write_text(results)
+
+    class Evaluated(TrainerCallback):
+        def on_step_begin(self, *event, **kwargs):
+            write_results(tmp_path)
+            (tmp_path / "evaluation" / "results.json").write_text(results)
+
     trainer = make_trainer(tmp_path, max_steps=1, save_strategy="steps", save_steps=1)
+    trainer.add_callback(Evaluated())
     with pytest.warns(UserWarning, match=re.escape(message)):
         trainer.train()
     assert (tmp_path / "checkpoint-1" / "model.safetensors").exists()
     card = (tmp_path / "README.md").read_text()
     assert "### What guidance did" in card
     assert "## Evaluation" not in card
+
+
+def test_results_of_earlier_weights_are_not_those_of_this_model(tmp_path):
+    write_results(tmp_path)
+    trainer = make_trainer(tmp_path, max_steps=1)
+    assert "## Evaluation" in card_of(trainer)  # nothing has changed yet
+    trainer.train()
+    with pytest.warns(UserWarning, match="are of the weights with which this training began"):
+        assert "## Evaluation" not in card_of(trainer)
+    write_results(tmp_path)
+    assert "## Evaluation" in card_of(trainer)
+
+
+def test_shares_of_rollouts_count_every_batch(tmp_path):
+    """Half of the rows guided in 3 of 10 batches, which one line of the log sums up: the first measures the threshold, and alpha ends at 4."""
+    trainer = make_trainer(tmp_path, entropy_threshold_init=None, guidance_steps=4, max_steps=10, logging_steps=10)
+    trainer.train()
+    assert "| rollouts that were guided | 15.0% | 15.0% | 15.0% |" in card_of(trainer)

@@ -105,19 +105,25 @@ def test_start_end_and_mean():
 
 
 def test_figures_leave_out_what_was_not_logged():
-    """Half of the rows guided in one of two steps; the closing summary of the run is no step."""
+    """The closing summary of the run is no step."""
     history = [
-        {"reward": 0.2, "guidance/coef": 1.0, "guidance/weight": 0.5, "guidance/reward/guided": None},
-        {"reward": 0.4, "guidance/coef": 0.0},
+        {
+            "reward": 0.2,
+            "guidance/coef": 1.0,
+            "guidance/rows": 0.5,
+            "guidance/weight": 0.5,
+            "guidance/reward/guided": None,
+        },
+        {"reward": 0.4, "guidance/coef": 0.0, "guidance/rows": 0.0},
         {"train_runtime": 5.0, "reward": 99.0},
     ]
-    assert statistics(config(), history).splitlines()[2:] == [
+    assert statistics(history).splitlines()[2:] == [
         "| rollouts that were guided | 50.0% | 0.0% | 25.0% |",
         "| reward of the policy | 0.2 | 0.4 | 0.3 |",
         "| `alpha` | 1 | 0 | 0.5 |",
         "| `w`, mean over guided tokens | 0.50 | 0.50 | 0.50 |",
     ]
-    assert statistics(config(), []) is None
+    assert statistics([]) is None
 
 
 def test_only_names_of_the_hub_are_told(tmp_path, monkeypatch):

@@ -77,6 +77,12 @@ def extend_card(folder: str | Path, run: TrainingRun) -> None:
     card.save(folder / CARD)
 
 
+def evaluated_at(folder: str | Path) -> int | None:
+    """When evaluation results came into the output folder `folder`, in nanoseconds; None if there are none."""
+    path = Path(folder, RESULTS)
+    return path.stat().st_mtime_ns if path.exists() else None
+
+
 def add_evaluation(folder: str | Path) -> None:
     """Put evaluation results into the card in the output folder `folder`, where recipes/evaluate.py has left any: for readers and for the Hub.
     Earlier ones are replaced.
@@ -113,7 +119,7 @@ def training_sections(run: TrainingRun, folder: Path) -> str:
     parts.append(sources(run))
     parts += ["### Settings of guidance", settings(args)]
     parts += ["### Training set-up", setup(args, run.steps, run.max_steps, run.rewards)]
-    if figures := statistics(args, run.log_history):
+    if figures := statistics(run.log_history):
         about = (
             "Start and end are means over the first and the last tenth of the values that were logged; those of guided rollouts and of injected "
             "completions were logged as long as there were any."

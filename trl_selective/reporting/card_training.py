@@ -9,6 +9,8 @@ Entry = Mapping[str, float | None]
 
 # Label, metric, format. Metrics that were not logged are left out.
 STATISTICS = (
+    ("rollouts that were guided", "guidance/rows", "{:.1%}"),
+    ("rollouts that were replaced", "guidance/injection/rows", "{:.1%}"),
     ("reward of the policy", "reward", "{:.3g}"),
     ("reward of guided rollouts", "guidance/reward/guided", "{:.3g}"),
     ("reward of injected completions", "guidance/reward/injected", "{:.3g}"),
@@ -51,24 +53,14 @@ def setup(args: SelectiveGuidanceGRPOConfig, steps: int, max_steps: int, rewards
     return table(["", "value"], rows)
 
 
-def statistics(args: SelectiveGuidanceGRPOConfig, log_history: Sequence[Entry]) -> str | None:
+def statistics(log_history: Sequence[Entry]) -> str | None:
     """What guidance did, as a table: at the start, at the end, on average. None if nothing was logged."""
     history = [entry for entry in log_history if "train_runtime" not in entry]
-    rows = shares_of_rows(args, history)
+    rows: list[tuple[str, ...]] = []
     for label, metric, form in STATISTICS:
         values = [value for entry in history if (value := entry.get(metric)) is not None]
         rows += [(label, *summary(values, form.format))] if values else []
     return table(["", "start", "end", "mean"], rows) if rows else None
-
-
-def shares_of_rows(args: SelectiveGuidanceGRPOConfig, history: Sequence[Entry]) -> list[tuple[str, ...]]:
-    """Which share of the rollouts was guided or injected: 0 where guidance had ended."""
-    steps, rows = [entry for entry in history if "guidance/coef" in entry], []
-    guided = [args.num_guided_generations / args.num_generations * ("guidance/weight" in entry) for entry in steps]
-    injected = [entry.get("guidance/injection/rows") or 0.0 for entry in steps]
-    for label, values in {"rollouts that were guided": guided, "rollouts that were replaced": injected}.items():
-        rows += [(label, *summary(values, "{:.1%}".format))] if any(values) else []
-    return rows
 
 
 def summary(values: Sequence[float], form: Callable[[float], str]) -> list[str]:
