@@ -24,6 +24,7 @@ from trl_selective.functional.importance import TRUNCATED
 from trl_selective.memory import (
     GIB,
     Estimate,
+    ModelSize,
     Run,
     estimate_memory,
     model_size,
@@ -195,7 +196,7 @@ def find_config(name: str) -> tuple[PreTrainedConfig, str]:
             name, local_files_only=True, trust_remote_code=False
         ), "its config on this machine"
     except (OSError, ValueError):
-        facts = dict(yaml.safe_load(ARCHITECTURES.read_text())).get(name)
+        facts = dict(yaml.safe_load(ARCHITECTURES.read_text(encoding="utf-8"))).get(name)
     if facts is not None:
         return AutoConfig.for_model(**facts), ARCHITECTURES.name
     try:
@@ -216,18 +217,24 @@ def plan(args: SelectiveGuidanceGRPOConfig, model: ModelConfig, gib: float) -> R
     needs_expert = args.num_guided_generations or (
         args.num_injected_completions and args.injection_correction in TRUNCATED
     )
-    expert = args.expert_model_name_or_path if needs_expert else None
+    is_here = needs_expert and args.expert_model_server_url is None
+    expert: ModelSize | None = None
+    if is_here and args.expert_model_shares_base:
+        expert = policy  # an adapter on it takes next to nothing
+    elif is_here and args.expert_model_name_or_path is not None:
+        expert = model_size(find_config(args.expert_model_name_or_path)[0])
     expert_dtype = str((args.expert_model_init_kwargs or {}).get("dtype", "bfloat16")).removeprefix("torch.")
     rows = args.per_device_train_batch_size * args.steps_per_generation
-    is_drafting = args.num_guided_generations and args.guided_sampler in ("auto", "speculative")
+    is_drafting = args.expert_model_server_url is None and args.guided_sampler in ("auto", "speculative")
     return Run(
         policy=policy,
         weight_bytes=weight_bytes,
         num_trainable=num_adapter_parameters(config, adapter) if adapter else policy.num_parameters,
         trainable_bytes=4 if adapter else weight_bytes,  # PEFT keeps adapters in float32
         optimizer_values=next((n for name, n in OPTIMIZER_VALUES.items() if str(args.optim).startswith(name)), 2),
-        expert=model_size(find_config(expert)[0]) if expert else None,
-        expert_bytes=DTYPE_BYTES.get(expert_dtype, 2),
+        expert=expert,
+        expert_bytes=weight_bytes if args.expert_model_shares_base else DTYPE_BYTES.get(expert_dtype, 2),
+        shares_base=args.expert_model_shares_base,
         is_expert_offloaded=args.expert_model_offload,
         frozen_copies=(args.beta != 0 and not adapter) + (args.mixture_policy == "initial"),
         rows=rows,
@@ -254,7 +261,7 @@ def memory(args: SelectiveGuidanceGRPOConfig, model: ModelConfig, num_processes:
         runs[f"ZeRO-3 x {num_processes}"] = replace(run, num_shards=num_processes, is_policy_sharded=True)
     estimates = [estimate_memory(each) for each in runs.values()]
     return [
-        *(f"{role}: {described(name)}" for role, name in roles(args, model, run).items()),
+        *(f"{role}: {who}" for role, who in roles(args, model, run).items()),
         f"memory per device in GiB, if all rollouts have {run.row_tokens} tokens (prompts of {PROMPT_TOKENS}):",
         _line("", runs),
         *(_line(name, amounts) for name, amounts in table(estimates)),
@@ -264,7 +271,14 @@ def memory(args: SelectiveGuidanceGRPOConfig, model: ModelConfig, num_processes:
 
 
 def roles(args: SelectiveGuidanceGRPOConfig, model: ModelConfig, run: Run) -> dict[str, str]:
-    return {"policy": model.model_name_or_path} | ({"expert": args.expert_model_name_or_path} if run.expert else {})
+    found = {"policy": described(model.model_name_or_path)}
+    if run.shares_base and run.expert:
+        found["expert"] = "on the policy's base model, with a cache of its own"
+    elif run.expert:
+        found["expert"] = described(args.expert_model_name_or_path)
+    elif args.expert_model_server_url is not None:
+        found["expert"] = f"{args.expert_model_name_or_path}, behind a server"
+    return found
 
 
 def described(name: str) -> str:

@@ -37,9 +37,15 @@ from trl_selective.evaluation import (
 )
 from trl_selective.experts import accelerator_or_cpu
 from trl_selective.reporting.card import add_evaluation
-from trl_selective.resuming import OtherRunError
+from trl_selective.reporting.inputs import read_json
+from trl_selective.resuming import OtherRunError, write_whole
 
 BACKENDS = ("transformers", "vllm")
+
+
+def as_dict(value: dict[str, Any] | str | None) -> dict[str, Any]:
+    """A mapping, of a YAML file or as JSON of the command line."""
+    return json.loads(value) if isinstance(value, str) else dict(value or {})
 
 
 @dataclass
@@ -50,6 +56,12 @@ class ModelArguments:
     attn_implementation: str | None = setting("Of Transformers, such as sdpa or flash_attention_2.")
     eos_token: str | None = setting("End token, if not the tokenizer's.")
     chat_template: str | None = setting("File with a Jinja template to use instead of the tokenizer's.")
+    chat_template_kwargs: dict[str, Any] | str | None = setting(
+        "For the chat template, as JSON, such as '{\"enable_thinking\": false}': those of training."
+    )
+
+    def __post_init__(self):
+        self.chat_template_kwargs = as_dict(self.chat_template_kwargs)
 
 
 @dataclass
@@ -57,7 +69,9 @@ class RunArguments:
     output_dir: str | None = setting("Folder for completions and results; goes on with what is there.")
     backend: str = setting(f"What generates: {' or '.join(BACKENDS)}.", BACKENDS[0])
     batch_size: int | None = setting("Completions generated at once; default: 64, and 2048 with vLLM.")
-    vllm_init_kwargs: str = setting("For `vllm.LLM`, as JSON, such as '{\"tensor_parallel_size\": 4}'.", "{}")
+    vllm_init_kwargs: dict[str, Any] | str | None = setting(
+        "For `vllm.LLM`, as JSON, such as '{\"tensor_parallel_size\": 4}'."
+    )
     grading_timeout: float = setting(
         "Seconds for grading one completion, each in a process of its own; those that take longer count as wrong and are listed. 0: grade whole "
         "batches here, without a limit.",
@@ -85,7 +99,7 @@ def load_tokenizer(arguments: ModelArguments) -> PreTrainedTokenizerBase:
     if tokenizer.pad_token_id is None:
         tokenizer.pad_token = tokenizer.eos_token
     if arguments.chat_template is not None:
-        tokenizer.chat_template = Path(arguments.chat_template).read_text()
+        tokenizer.chat_template = Path(arguments.chat_template).read_text(encoding="utf-8")
     return tokenizer
 
 
@@ -110,8 +124,7 @@ def load_backend(model: ModelArguments, run: RunArguments, tokenizer: PreTrained
     device = accelerator_or_cpu()
     dtype = model.dtype or ("float32" if device.type == "cpu" else "bfloat16")
     if run.backend == "vllm":
-        own = run.vllm_init_kwargs
-        init_kwargs = {"dtype": dtype, **(json.loads(own) if isinstance(own, str) else own)}
+        init_kwargs = {"dtype": dtype, **as_dict(run.vllm_init_kwargs)}
         return VllmBackend(model.model_name_or_path, tokenizer, revision=model.model_revision, init_kwargs=init_kwargs)
     return TransformersBackend(load_model(model, dtype).to(device).eval(), tokenizer, run.batch_size or 64)
 
@@ -143,7 +156,7 @@ def check(model: ModelArguments, run: RunArguments) -> None:
 
 def earlier_results(path: Path, who: dict[str, Any]) -> dict[str, Any]:
     """Those of other benchmarks that are in the folder."""
-    results = json.loads(path.read_text()) if path.exists() else {**who, "benchmarks": {}}
+    results = read_json(path) if path.exists() else {**who, "benchmarks": {}}
     different = [name for name, value in who.items() if results.get(name) != value]
     if different:
         what = (
@@ -203,12 +216,13 @@ def main(
                 batch_size=run.batch_size or (2048 if run.backend == "vllm" else 64),
                 correct_above=run.correct_above,
                 grading_timeout=run.grading_timeout,
+                chat_template_kwargs=model.chat_template_kwargs,
                 description=task.name,
             )
         found = summarize(path, task.protocol, sampling.ks)
         results["benchmarks"][task.name] = {**where, **found, "backend": run.backend, "dtype": model.dtype}
-        (output / "results.json").write_text(json.dumps(results, indent=2) + "\n")
-        (output / "results.md").write_text(table(results))
+        write_whole(output / "results.json", json.dumps(results, indent=2) + "\n")
+        write_whole(output / "results.md", table(results))
     print(f"\n{table(results)}\nCompletions, results.json and results.md are in {output}.")
     tell_card(Path(model.model_name_or_path), output)
 

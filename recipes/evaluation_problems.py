@@ -110,12 +110,22 @@ def load_own(arguments: ProblemArguments, protocol: SamplingProtocol) -> Task:
             "does without."
         )
     if arguments.instruction:
-        rows = rows.map(lambda row: {"prompt": f"{row['prompt']}\n\n{arguments.instruction}"}, desc="instructions")
+        rows = rows.map(
+            lambda row: {"prompt": with_instruction(row["prompt"], arguments.instruction)}, desc="instructions"
+        )
     path = Path(arguments.dataset_name)
     name = re.sub(r"[^\w.-]+", "_", path.resolve().stem if path.exists() else arguments.dataset_name)
     dataset = path.name if path.exists() else arguments.dataset_name
     where = (dataset, arguments.dataset_config, arguments.dataset_split)
     return Task(name, *where, in_form(rows, arguments), reward_func, protocol)
+
+
+def with_instruction(prompt: str | list[dict], instruction: str) -> str | list[dict]:
+    """At the end of a text, or of the last message."""
+    if isinstance(prompt, str):
+        return f"{prompt}\n\n{instruction}"
+    *before, last = prompt
+    return [*before, {**last, "content": f"{last['content']}\n\n{instruction}"}]
 
 
 def first(rows: Dataset, num: int | None) -> Dataset:

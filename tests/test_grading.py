@@ -10,8 +10,8 @@ ROW = {"prompt": "2 + 2 =", "solution": 4, "completion": "hidden", "completion_i
 def test_what_a_reward_function_sees():
     seen = {}
 
-    def spy(**columns):
-        seen.update(columns)
+    def spy(prompts, completions, completion_ids, level=None):
+        seen.update(prompts=prompts, completions=completions, completion_ids=completion_ids, level=level)
         return [0.0, None]
 
     assert grade(spy, {"prompt": ["a", "b"], "level": [1, 2], "completion": ["x", "y"]}, ["A", "B"], [[5], None]) == [
@@ -43,6 +43,14 @@ def test_a_verifier_adds_up_what_applies():
     assert verifier.settings == {"is_solution": 0.75, "is_short": 0.25}
     assert Verifier([is_solution, nothing])(ROW, ["4"], [None]) == [1.0]
     assert Verifier([nothing])(ROW, ["4", "5"], [None, None]) == [None, None]
+
+
+async def awaited(completions, trainer_state, **kwargs):
+    return [1.0] * len(completions)
+
+
+def test_a_function_that_trains_is_called_as_trl_calls_it():
+    assert Verifier([awaited])(ROW, ["4", "5"], [None, None]) == [1.0, 1.0]
 
 
 def test_nothing_to_ask():

@@ -1,6 +1,7 @@
 """Grading with a limit: what takes too long ends, is reported, and costs nobody else anything."""
 
 import os
+import signal
 import subprocess
 import sys
 import time
@@ -115,6 +116,13 @@ def test_a_module_that_other_processes_cannot_import(tmp_path, monkeypatch):
         pytest.raises(RuntimeError, match=r"(?s)only_here.reward failed:.*AssertionError: not there"),
     ):
         pool.grade([{"completions": ["4"]}])
+
+
+def test_a_system_without_timers_is_named(monkeypatch, by_word):
+    """Otherwise every answer would pass for a late one."""
+    monkeypatch.delattr(signal, "setitimer")
+    with pytest.raises(ValueError, match=r"no timers that end a process.*Grade without one \(grading_timeout=0\)"):
+        GradingPool(by_word, timeout=1)
 
 
 def test_a_function_without_a_name_is_refused():

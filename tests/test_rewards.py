@@ -90,6 +90,13 @@ def test_a_missing_solution_is_an_error():
         ("<think>a<think>b</think>\\boxed{1}", 0.0),
         ("<think>a</think> 1", 0.0),
         ("<think>a</think> \\boxed{1", 0.0),
+        (
+            [{"role": "assistant", "reasoning_content": "why", "content": "so \\boxed{1}"}],
+            1.0,
+        ),  # as response templates have it
+        ([{"role": "assistant", "reasoning_content": "why", "content": ""}], 0.0),
+        ([{"role": "assistant", "content": "\\boxed{1}"}], 0.0),
+        ([], 0.0),
     ],
 )
 def test_format(completion, reward):
@@ -98,7 +105,7 @@ def test_format(completion, reward):
 
 @pytest.mark.parametrize(
     ("text", "boxed"),
-    [(r"a \boxed{b{c}d} e", r"\boxed{b{c}d}"), (r"\boxed{a} \boxed{b", None), ("no", None), (r"\boxed{\{1\}}", r"\boxed{\{1\}}"), (r"\boxed{\left\{a\\{b}\right.} e", r"\boxed{\left\{a\\{b}\right.}")],
+    [(r"a \boxed{b{c}d} e", r"\boxed{b{c}d}"), (r"\boxed{a} \boxed{b", None), (r"\boxed {a{b}} e", r"\boxed{a{b}}"), ("\\boxed\n{a}", r"\boxed{a}"), ("no", None), (r"\boxed{\{1\}}", r"\boxed{\{1\}}"), (r"\boxed{\left\{a\\{b}\right.} e", r"\boxed{\left\{a\\{b}\right.}")],
 )  # fmt: skip
 def test_last_boxed(text, boxed):
     assert last_boxed(text) == boxed

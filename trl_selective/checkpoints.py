@@ -21,7 +21,7 @@ def damage(checkpoint: Path) -> str | None:
     if not state.is_file():
         return f"{TRAINER_STATE} is missing"
     try:
-        TrainerState(**json.loads(state.read_text()))
+        TrainerState(**json.loads(state.read_text(encoding="utf-8")))
     except (TypeError, ValueError):
         return f"{TRAINER_STATE} is damaged"
     for path in sorted(checkpoint.iterdir()):

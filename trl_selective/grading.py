@@ -8,6 +8,7 @@ from typing import Any
 import torch
 
 from trl_selective.functional.advantages import total_reward
+from trl_selective.reward_calls import call_reward
 
 OWN_COLUMNS = ("prompt", "completion", "completion_ids")  # which TRL does not pass on from the dataset
 LARGEST = torch.finfo(torch.float32).max  # what becomes of rewards
@@ -43,7 +44,7 @@ def grade(
     """Rewards of answers to the prompts of a batch; None where the function does not apply.
 
     Args:
-        reward_func: called with `prompts`, `completions`, `completion_ids`, and the other columns.
+        reward_func: called with `prompts`, `completions`, `completion_ids`, and the other columns, as by `call_reward`.
         batch: columns of the dataset, with the column `prompt`.
         texts: one answer to each prompt.
         completion_ids: its token ids; None where they are not known.
@@ -51,7 +52,8 @@ def grade(
     Raises:
         ValueError: if it returns anything but a number or None for each.
     """
-    return check_rewards(reward_func(**reward_arguments(batch, texts, completion_ids)), texts, reward_func.__name__)
+    rewards = call_reward(reward_func, reward_arguments(batch, texts, completion_ids))
+    return check_rewards(rewards, texts, reward_func.__name__)
 
 
 def check_rewards(

@@ -25,6 +25,8 @@ from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from typing import Any, NamedTuple
 
+from trl_selective.reward_calls import call_reward
+
 
 class Verdict(NamedTuple):
     """The reward of one completion, None where the function does not apply; or that it came to none, in time or at all."""
@@ -42,7 +44,7 @@ class GradingPool:
         num_workers: processes; one for each core by default, at most 8.
 
     Raises:
-        ValueError: if the function cannot be imported by its name.
+        ValueError: if the function cannot be imported by its name, or if this system has no timers that end a process (Windows).
 
     Example:
         >>> with GradingPool(boxed_accuracy_reward, timeout=10) as pool:
@@ -56,6 +58,11 @@ class GradingPool:
             raise ValueError(
                 f"A time limit needs a reward function that other processes can import, got {module}.{name}. Put it at the top of a module of "
                 "its own, or grade without a limit."
+            )
+        if not hasattr(signal, "setitimer"):
+            raise ValueError(
+                f"This system ({sys.platform}) has no timers that end a process, which a time limit for grading needs. Grade without one "
+                "(grading_timeout=0)."
             )
         num_workers = num_workers or min(8, os.cpu_count() or 1)
         self._idle: queue.SimpleQueue[_Worker] = queue.SimpleQueue()
@@ -170,7 +177,7 @@ def _serve(module: str, name: str, timeout: float, answers) -> None:
 def _try(function: Callable, arguments: Mapping[str, Any]) -> tuple[float | None, str | None]:
     """The reward, or why there is none."""
     try:
-        (reward,) = function(**arguments)
+        (reward,) = call_reward(function, arguments)
         if reward is not None and not math.isfinite(reward):
             raise ValueError(
                 f"got the reward {reward}, expected a finite number, or None where the function does not apply"

@@ -78,6 +78,7 @@ class Run:
         trainable_bytes: of one of them.
         optimizer_values: numbers that the optimizer keeps for each (2 for AdamW).
         expert, expert_bytes: the expert and the bytes of one of its weights; None without one.
+        shares_base: the expert's weights are the policy's own base.
         is_expert_offloaded: in main memory while the policy is updated.
         frozen_copies: of the policy: a reference model, the initial policy.
         rows: rollouts that are drawn at once.
@@ -103,6 +104,7 @@ class Run:
     is_checkpointed: bool
     expert: ModelSize | None = None
     expert_bytes: int = 2
+    shares_base: bool = False
     is_expert_offloaded: bool = False
     frozen_copies: int = 0
     draft_tokens: int = 1
@@ -208,7 +210,7 @@ def _expert_cache(run: Run) -> int:
 
 
 def _expert_weights(run: Run) -> int:
-    return run.expert.num_parameters * run.expert_bytes if run.expert else 0
+    return run.expert.num_parameters * run.expert_bytes if run.expert and not run.shares_base else 0
 
 
 def _present(parts: dict[str, int]) -> dict[str, int]:

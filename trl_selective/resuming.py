@@ -1,9 +1,10 @@
-"""A JSON Lines file that grows by one row after another, and that a later run goes on with.
+"""Files that a kill leaves whole: one that is there or not, and a JSON Lines file that grows by one row after another, with which a later run goes on.
 
 Beside `FILE`, the hidden `.FILE.settings` holds what its rows depend on, so that one file never mixes two settings.
 """
 
 import json
+import os
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -11,6 +12,13 @@ from typing import Any
 
 class OtherRunError(ValueError):
     """A file is of other rows or settings than those that it should go on with."""
+
+
+def write_whole(path: Path, text: str) -> None:
+    """Write a file, all of it or nothing."""
+    partial = path.with_name(f"{path.name}.partial")
+    partial.write_text(text, encoding="utf-8", newline="\n")
+    os.replace(partial, path)
 
 
 def to_json(row: Mapping[str, Any], index: int) -> str:
@@ -37,10 +45,10 @@ def check_settings(path: Path, settings: Mapping[str, Any]) -> None:
         f".{path.name}.settings"
     )  # hidden, since `load_dataset` of the folder takes all other files for data
     if not path.exists():
-        record.write_text(json.dumps(settings, indent=2) + "\n")
+        record.write_text(json.dumps(settings, indent=2) + "\n", encoding="utf-8")
         path.touch()  # not before the record is complete
         return
-    then = json.loads(record.read_text()) if record.exists() else {}
+    then = json.loads(record.read_text(encoding="utf-8")) if record.exists() else {}
     for name, value in settings.items():
         if name not in then or then[name] != value:
             raise OtherRunError(

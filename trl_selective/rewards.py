@@ -10,7 +10,7 @@ from functools import partial
 
 Completion = str | Sequence[dict]
 
-BOXED = "\\boxed{"
+BOXED = re.compile(r"\\boxed\s*\{")
 BRACE = re.compile(r"\\.|[{}]", re.DOTALL)  # an escaped one, as in `\{1, 2\}`, opens and closes nothing
 FULL_STOP = re.compile(r"\s*[.,]\s*}$")  # `\boxed{5.}`
 CHOICE = re.compile(r"\\boxed\{[\s$(]*(?:\\(?:text|textbf|mathrm|mathbf)\{)*[\s(]*(?P<letter>[A-Za-z])(?![A-Za-z0-9])")
@@ -44,7 +44,7 @@ def boxed_accuracy_reward(
     )
     rewards: list[float | None] = []
     for completion, right in zip(completions, solution, strict=True):
-        gold = [] if right is None else read(last_boxed(str(right)) or f"{BOXED}{right}}}")
+        gold = [] if right is None else read(last_boxed(str(right)) or f"\\boxed{{{right}}}")
         answer = last_boxed(answer_text(completion))
         if not gold:
             rewards.append(None)
@@ -85,8 +85,15 @@ def think_boxed_format_reward(completions: list[Completion], **kwargs) -> list[f
         >>> think_boxed_format_reward([r"<think>1 + 1</think> \boxed{2}", r"\boxed{2}"])
         [1.0, 0.0]
     """
-    thoughts = [ONE_THOUGHT.fullmatch(answer_text(completion)) for completion in completions]
+    thoughts = [ONE_THOUGHT.fullmatch(_with_thought(completion)) for completion in completions]
     return [float(thought is not None and last_boxed(thought["answer"]) is not None) for thought in thoughts]
+
+
+def _with_thought(completion: Completion) -> str:
+    """The text of a completion as it was written: a tokenizer with a response template takes the thought out of it."""
+    thought = None if isinstance(completion, str) or not completion else completion[-1].get("reasoning_content")
+    text = answer_text(completion)
+    return text if thought is None else f"<think>{thought}</think>{text}"
 
 
 def answer_text(completion: Completion) -> str:
@@ -98,10 +105,10 @@ def answer_text(completion: Completion) -> str:
 
 def last_boxed(text: str) -> str | None:
     r"""The last `\boxed{...}` of a text, up to the brace that closes it; None if there is none or it stays open."""
-    start = text.rfind(BOXED)
+    boxes = [box.end() - 1 for box in BOXED.finditer(text)]
     depth = 0
-    for brace in BRACE.finditer(text, start) if start >= 0 else ():
+    for brace in BRACE.finditer(text, boxes[-1]) if boxes else ():
         depth += {"{": 1, "}": -1}.get(brace[0], 0)
-        if depth == 0 and brace[0] == "}":
-            return text[start : brace.end()]
+        if depth == 0:
+            return rf"\boxed{text[boxes[-1] : brace.end()]}"
     return None

@@ -1,20 +1,19 @@
 """The file in a checkpoint that holds what guidance knows: whole or not at all, and named where it is damaged."""
 
 import json
-import os
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
+
+from trl_selective.resuming import write_whole
 
 STATE_FILE = "guidance_state.json"
 
 
 def write_state(folder: Path, state: dict[str, Any]) -> None:
     """Write `state` into a checkpoint, whole or not at all."""
-    partial = folder / f"{STATE_FILE}.partial"
-    partial.write_text(json.dumps(state))
-    os.replace(partial, folder / STATE_FILE)
+    write_whole(folder / STATE_FILE, json.dumps(state))
 
 
 @contextmanager
@@ -35,7 +34,7 @@ def saved_state(folder: Path) -> Iterator[dict[str, Any] | None]:
 
 
 def _read(path: Path) -> dict[str, Any]:
-    state = json.loads(path.read_text())
+    state = json.loads(path.read_text(encoding="utf-8"))
     if not isinstance(state, dict) or not state:
         raise TypeError(f"expected an object with entries, got {state!r}")
     return state

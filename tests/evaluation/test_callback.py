@@ -8,14 +8,16 @@ from pathlib import Path
 
 import pytest
 import torch
+from datasets import Dataset
 from peft import LoraConfig
 from safetensors.torch import load_file
 from transformers import AutoTokenizer, TrainerCallback
 
-from tests.training import EXPERT, GUIDED, PLAIN, make_trainer, path_dataset, path_reward
-from trl_selective import PassAtKCallback
+from tests.training import EXPERT, GUIDED, PLAIN, POLICY, make_trainer, path_dataset, path_reward
+from trl_selective import PassAtKCallback, SelectiveGuidanceGRPOTrainer
 from trl_selective.evaluation import evaluate
 from trl_selective.functional import distinct_n, pairwise_overlap
+from trl_selective.sampling.unguided import encode_prompt
 
 EVERYWHERE = ("eval/pass@1", "eval/pass@4", "diversity/distinct_correct", "diversity/distinct_2", "diversity/pairwise_overlap")  # fmt: skip
 
@@ -139,6 +141,35 @@ def test_two_processes_train_as_without_it(tmp_path):
     assert all(torch.equal(watched[name], value) for name, value in plain.items())
     history = json.loads((tmp_path / "watched" / "trainer_state.json").read_text())["log_history"]
     assert list(ours(history)) == [0, 1, 2, 3]
+
+
+def test_prompts_are_those_of_training(tmp_path):
+    """With the chat template of the run, and its arguments."""
+    tokenizer = AutoTokenizer.from_pretrained(POLICY)
+    tokenizer.chat_template = "{{ messages[0]['content'] }}{{ end or ' :' }}"
+    sampled = set()
+
+    class Watching(SelectiveGuidanceGRPOTrainer):
+        def _generate_single_turn(self, prompt_ids, *args, **kwargs):
+            sampled.update(map(tuple, prompt_ids))
+            return super()._generate_single_turn(prompt_ids, *args, **kwargs)
+
+    rows = Dataset.from_list([{"prompt": [{"role": "user", "content": "7 > 11"}]}] * 8)
+    trainer = make_trainer(
+        tmp_path,
+        settings=PLAIN,
+        trainer_class=Watching,
+        train_dataset=rows,
+        reward_funcs=lambda completions, **columns: [0.0] * len(completions),
+        init={"processing_class": tokenizer},
+        chat_template_kwargs={"end": " >"},
+        max_steps=1,
+    )
+    callback = PassAtKCallback(trainer, rows, path_reward, every_n_steps=1)
+    trainer.train()
+    (prompt_ids,) = sampled
+    assert list(prompt_ids) == encode_prompt(tokenizer, rows[0]["prompt"], callback.settings["chat_template_kwargs"])
+    assert prompt_ids[-1] == tokenizer(">").input_ids[-1]
 
 
 def test_a_single_sample_has_no_pairs(tmp_path):

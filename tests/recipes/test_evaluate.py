@@ -237,6 +237,35 @@ def test_benchmarks_of_the_hub_are_sampled_as_the_paper_does(tmp_path, start, mo
     assert set(json.loads((tmp_path / "out" / "results.json").read_text())["benchmarks"]) == {"math500", "aime24", "problems"}  # fmt: skip
 
 
+def test_an_instruction_is_added_to_the_last_message(tmp_path, start):
+    rows = [{"prompt": [{"role": "user", "content": "7 > 11"}], "goal": "11"}]
+    write(tmp_path / "rows.jsonl", rows)
+    (tmp_path / "template.jinja").write_text("{{ messages[-1]['content'] }}{{ end or '' }}")
+    settings = {"dataset_name": "rows.jsonl", "reward_func": "my_rewards.unknown", "chat_template": "template.jinja"}
+    lines, _ = start("rows", **settings, instruction=":")
+    assert lines[0]["prompt"] == [{"role": "user", "content": "7 > 11\n\n:"}]
+
+
+def test_the_chat_template_gets_its_arguments(tmp_path, start, refusal):
+    """Which the lines of the file depend on."""
+    write(tmp_path / "rows.jsonl", [{"prompt": [{"role": "user", "content": "7 > 11 :"}], "goal": "11"}])
+    (tmp_path / "template.jinja").write_text("{{ messages[-1]['content'] * (times or 1) }}")
+    settings = {"dataset_name": "rows.jsonl", "reward_func": "my_rewards.unknown", "chat_template": "template.jinja"}
+    plain, _ = start("rows", **settings, temperature=0, num_samples=1)
+    twice, _ = start(
+        "rows", **settings, temperature=0, num_samples=1, output_dir="twice", chat_template_kwargs='{"times": 2}'
+    )
+    assert plain[0]["completions"] != twice[0]["completions"]
+    message = refusal(**settings, temperature=0, num_samples=1, output_dir="twice")
+    assert "was made with chat_template_kwargs={'times': 2}" in message
+
+
+def test_results_that_were_cut_off_are_named(tmp_path, start, refusal):
+    start(max_problems=1)
+    (tmp_path / "out" / "results.json").write_text("")
+    assert "out/results.json is not JSON" in refusal(max_problems=1)
+
+
 def save_adapter(folder):
     """The policy with LoRA weights that matter, saved without the policy."""
     config = LoraConfig(r=4, target_modules=["q_proj", "v_proj"])

@@ -204,6 +204,23 @@ def test_correctness_reward_may_be_named_as_the_recipe_names_it():
     )
 
 
+def test_an_expert_behind_a_server_takes_no_memory_here():
+    """Nor is there a config of the name by which it is served."""
+    server = ["--expert_model_server_url", "http://localhost:8000/v1", "--expert_model_name_or_path", "served"]
+    report = dry_run(*parsed(PAPERS[1], *server))
+    assert "expert: served, behind a server" in report
+    assert "always: expert" not in report
+    assert "cache of the expert" not in report
+
+
+def test_an_expert_on_the_policys_base_has_a_cache_and_no_weights():
+    shared = ["--expert_model_shares_base", "true", "--expert_model_name_or_path", "someone/adapter"]
+    report = dry_run(*parsed(LORA, *shared, "--expert_model_init_kwargs", "{}", "--expert_model_offload", "false"))
+    assert "expert: on the policy's base model, with a cache of its own" in report
+    assert "always: expert" not in report
+    assert "rollouts: cache of the expert" in report
+
+
 def test_a_device_may_be_named(monkeypatch):
     assert "no sharding: does not fit into 6 GiB." in dry_run(*parsed(LORA, "--memory_gib", "6"))
 

@@ -127,6 +127,14 @@ def test_what_is_read(tmp_path):
     assert read_completions(tmp_path / "tables" / "completions_00003.parquet") == {3: ["wait", "wait"]}
 
 
+def test_one_conversation_may_stand_alone(tmp_path):
+    message = {"role": "assistant", "content": "wait"}
+    rows = [{"expert_completions": value} for value in ([message], [[message], [message]], "wait", ["wait"], [])]
+    path = tmp_path / "with_expert.jsonl"
+    path.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    assert read_completions(path) == ["wait"] * 5
+
+
 def fails(capsys, *arguments):
     """What is said when it ends with exit code 2."""
     with pytest.raises(SystemExit) as end:

@@ -1,12 +1,12 @@
 """The guidance viewer, as a browser shows it."""
 
 import json
+import os
 import re
 
 import pytest
 
 from tests.browser import chromium, console, open_page
-from trl_selective.reporting import viewer
 from trl_selective.reporting.__main__ import main
 from trl_selective.reporting.rollouts import COLUMNS, write_rollouts
 from trl_selective.reporting.viewer import write_viewer, write_viewer_of_run
@@ -388,7 +388,7 @@ def test_an_interrupted_write_leaves_the_old_page(tmp_path, monkeypatch):
     def fail(*_):
         raise OSError("disk full")
 
-    monkeypatch.setattr(viewer.os, "replace", fail)
+    monkeypatch.setattr(os, "replace", fail)
     with pytest.raises(OSError, match="disk full"):
         write_viewer(a_run(1), path)
     assert path.read_text() == before

@@ -110,6 +110,15 @@ def test_conversations_are_encoded_up_to_the_answer():
     )
 
 
+def test_a_chat_template_gets_its_arguments():
+    tokenizer = AutoTokenizer.from_pretrained(EXPERT)
+    tokenizer.chat_template = "{% for m in messages %}{{ m['content'] }}{% endfor %}{{ end or ' :' }}"
+    conversation = [{"role": "user", "content": "7 > 11"}]
+    assert encode_prompt(tokenizer, conversation, {"end": " >"}) == tokenizer("7 > 11 >").input_ids
+    other = {"chat_template": "{{ messages[0]['content'] }} ~", "tokenize": True}
+    assert encode_prompt(tokenizer, conversation, other) == tokenizer("7 > 11 ~").input_ids
+
+
 @pytest.mark.parametrize(("own", "ends"), [(None, [1]), (3, [1, 3]), ([3, 1], [1, 3])])
 def test_ends_are_the_models_and_the_tokenizers(own, ends):
     model = tiny_model(1)

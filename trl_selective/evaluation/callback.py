@@ -24,7 +24,8 @@ class PassAtKCallback(TrainerCallback):
     tokens of two samples: 1 if all are alike).
 
     Args:
-        trainer: the trainer that the callback is added to, of which it takes model, tokenizer, temperature and length.
+        trainer: the trainer that the callback is added to, of which it takes model, tokenizer, chat template with its
+            arguments, temperature and length.
         dataset: a column `prompt`, and whatever `reward_func` asks for.
         reward_func: as TRL calls it.
         num_samples: completions of each problem.
@@ -71,6 +72,11 @@ class PassAtKCallback(TrainerCallback):
             "seed": seed,
             "correct_above": correct_above,
             "answer_key": answer_key,
+        }
+        template = getattr(trainer, "chat_template", None)
+        self.settings["chat_template_kwargs"] = {
+            **({} if template is None else {"chat_template": template}),
+            **(getattr(trainer, "chat_template_kwargs", None) or {}),
         }
 
     def on_train_begin(self, args, state, control, **kwargs):

@@ -1,7 +1,8 @@
 """What can a model do on problems it was not trained on? Unbiased pass@k, and how many different right answers it finds."""
 
-from collections.abc import Callable, Hashable, Sequence
+from collections.abc import Callable, Hashable, Mapping, Sequence
 from dataclasses import dataclass, field
+from typing import Any
 
 import torch
 from datasets import Dataset
@@ -58,6 +59,7 @@ def evaluate(
     seed: int = 0,
     correct_above: float = 0.5,
     answer_key: Callable[[str], Hashable] = str.strip,
+    chat_template_kwargs: Mapping[str, Any] | None = None,
     description: str | None = "evaluate",
 ) -> Evaluation:
     """
@@ -76,6 +78,7 @@ def evaluate(
         seed: of the sampling.
         correct_above: a completion is right when its reward exceeds this.
         answer_key: right answers with equal keys count as the same.
+        chat_template_kwargs: further arguments of `apply_chat_template`, for conversations.
         description: of the progress bar; None for no bar.
 
     Raises:
@@ -103,7 +106,7 @@ def evaluate(
             batch = rows[start : start + batch_size]
             token_ids = sample_completions(
                 model,
-                [encode_prompt(processing_class, prompt) for prompt in batch["prompt"]],
+                [encode_prompt(processing_class, prompt, chat_template_kwargs) for prompt in batch["prompt"]],
                 max_completion_length=max_completion_length,
                 eos_token_ids=end_token_ids(model, processing_class),
                 pad_token_id=processing_class.pad_token_id,

@@ -33,7 +33,7 @@ def summarize(path: str | os.PathLike, protocol: SamplingProtocol, ks: Sequence[
         num_without_reward: how many the reward function did not apply to, for instance since it could not read the solution: they count as wrong.
     """
     correct, lengths, truncated, timed_out, without = [], 0, 0, [], 0
-    with Path(path).open() as file:
+    with Path(path).open(encoding="utf-8") as file:
         for line in map(json.loads, file):
             correct.append(sum(line["is_correct"]))
             lengths += sum(line["lengths"])

@@ -34,6 +34,7 @@ def evaluate_to_file(
     batch_size: int = 64,
     correct_above: float = 0.5,
     grading_timeout: float = 10.0,
+    chat_template_kwargs: Mapping[str, Any] | None = None,
     description: str = "evaluate",
 ) -> None:
     """Append a line for each problem, from the first one on that is not in the file.
@@ -53,6 +54,7 @@ def evaluate_to_file(
         batch_size: completions drawn and graded before their lines are written; at least one problem.
         correct_above: a completion is right when its reward exceeds this.
         grading_timeout: seconds for one completion; 0 calls the function in this process, for whole batches, without a limit.
+        chat_template_kwargs: further arguments of `apply_chat_template`, for conversations.
         description: of the progress bar.
 
     Raises:
@@ -66,7 +68,8 @@ def evaluate_to_file(
     path.parent.mkdir(parents=True, exist_ok=True)
     limits = {"correct_above": correct_above, "grading_timeout": grading_timeout}
     function = f"{reward_func.__module__}.{reward_func.__name__}"
-    check_settings(path, {**settings, **vars(protocol), **limits, "reward_func": function})
+    template = {"chat_template_kwargs": dict(chat_template_kwargs or {})}
+    check_settings(path, {**settings, **vars(protocol), **limits, **template, "reward_func": function})
     names = [name for name in ("prompt", "solution") if name in dataset.column_names]
     known = dataset.select_columns(names)
     done = count_rows(path, _Numbered(known))
@@ -74,14 +77,14 @@ def evaluate_to_file(
     step = max(1, batch_size // protocol.num_samples)
     pool = GradingPool(reward_func, grading_timeout) if grading_timeout else None
     with (
-        path.open("a") as file,
+        path.open("a", encoding="utf-8") as file,
         pool or nullcontext(),
         tqdm(total=len(dataset), desc=description, unit="problem") as bar,
     ):
         bar.update(done)
         for start in range(done // step * step, len(dataset), step):
             numbers = range(start, min(start + step, len(dataset)))
-            columns = _sample(dataset, numbers, backend, tokenizer, protocol)
+            columns = _sample(dataset, numbers, backend, tokenizer, protocol, chat_template_kwargs)
             batch = dataset[[number for number in numbers for _ in range(protocol.num_samples)]]
             verdicts = _grade(reward_func, pool, batch, columns["completions"], columns.pop("token_ids"))
             columns["rewards"] = [verdict.reward for verdict in verdicts]
@@ -110,10 +113,15 @@ class _Numbered:
 
 
 def _sample(
-    dataset: Dataset, numbers: range, backend: Backend, tokenizer: PreTrainedTokenizerBase, protocol: SamplingProtocol
+    dataset: Dataset,
+    numbers: range,
+    backend: Backend,
+    tokenizer: PreTrainedTokenizerBase,
+    protocol: SamplingProtocol,
+    chat_template_kwargs: Mapping[str, Any] | None,
 ) -> dict[str, list]:
     """The completions of some problems, those of one problem beside one another, and what is known of them."""
-    prompts = [encode_prompt(tokenizer, dataset[number]["prompt"]) for number in numbers]
+    prompts = [encode_prompt(tokenizer, dataset[number]["prompt"], chat_template_kwargs) for number in numbers]
     samples = range(protocol.num_samples)
     token_ids = backend.complete(
         [ids for ids in prompts for _ in samples],

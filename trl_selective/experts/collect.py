@@ -97,7 +97,7 @@ def collect(
     check_settings(path, {**source.settings, "verifier": verifier.settings, "only_above": only_above})
     tally = Tally(num_resumed=count_rows(path, rows))
     answers = source.complete(rows["prompt"], tally.num_resumed)
-    with path.open("a") as file:
+    with path.open("a", encoding="utf-8") as file:
         remaining = tqdm(
             range(tally.num_resumed, len(rows)), initial=tally.num_resumed, total=len(rows), desc="collect", unit="row"
         )

@@ -44,9 +44,9 @@ def read_json(path: Path) -> Any:
         ValueError: if it is not JSON.
     """
     try:
-        return json.loads(path.read_text())
-    except json.JSONDecodeError as error:
-        raise ValueError(f"{path} is not JSON ({error}). Is it still being written?") from error
+        return json.loads(path.read_text(encoding="utf-8"))
+    except ValueError as error:
+        raise ValueError(f"{path} is not JSON ({error}). Is it still being written, or damaged?") from error
 
 
 def read_lines(path: Path) -> list[dict]:

@@ -1,6 +1,6 @@
 """The texts of completions, from whatever files they lie in."""
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -60,8 +60,9 @@ def _read_texts(path: Path) -> list[str]:
 
 
 def _texts(value: Any, is_one: bool) -> list[str]:
-    """Of one completion, or of several; an expert's single completion may stand alone."""
-    return [as_text(value)] if is_one or isinstance(value, str) else [as_text(each) for each in value]
+    """Of one completion, or of several; an expert's single completion, a text or a conversation, may stand alone."""
+    is_one = is_one or isinstance(value, str) or (len(value) > 0 and isinstance(value[0], Mapping))
+    return [as_text(value)] if is_one else [as_text(each) for each in value]
 
 
 def _read_tables(paths: Sequence[Path]) -> dict[int, list[str]]:

@@ -9,12 +9,12 @@ import base64
 import hashlib
 import json
 import math
-import os
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 from trl_selective.reporting.rollouts import num_recorded, read_rollouts, recorded_steps
+from trl_selective.resuming import write_whole
 
 PAGE = Path(__file__).with_name("page")
 SCRIPTS = ("text.js", "cards.js", "chart.js", "main.js")
@@ -43,19 +43,16 @@ def write_viewer(
     """
     if not rollouts:
         raise ValueError("No rollouts to show. Pass what read_rollouts returns for the output_dir of a guided run.")
-    style = (PAGE / "viewer.css").read_text()
-    script = "\n".join((PAGE / name).read_text() for name in SCRIPTS)
+    style = (PAGE / "viewer.css").read_text(encoding="utf-8")
+    script = "\n".join((PAGE / name).read_text(encoding="utf-8") for name in SCRIPTS)
     data = {"title": title, "numRecordedSteps": num_recorded_steps, **_as_data(rollouts)}
     policy = f"default-src 'none'; style-src {_hash(style)}; script-src {_hash(script)}; base-uri 'none'; form-action 'none'"
     parts = {"policy": policy, "style": style, "data": _as_json(data), "script": script}
-    page = (PAGE / "viewer.html").read_text()
+    page = (PAGE / "viewer.html").read_text(encoding="utf-8")
     for name, part in parts.items():
         before, after = page.split(f"<!-- {name} -->")
         page = before + part + after
-    path = Path(path)
-    partial = path.with_name(f"{path.name}.partial")
-    partial.write_text(page, encoding="utf-8", newline="\n")
-    os.replace(partial, path)
+    write_whole(Path(path), page)
 
 
 def write_viewer_of_run(folder: str | Path, path: str | Path, max_rollouts: int = MAX_ROLLOUTS) -> list[int]:

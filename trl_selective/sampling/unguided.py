@@ -1,7 +1,7 @@
 """What a model says by itself: completions from its full distribution at a temperature, whatever its generation config says."""
 
 import random
-from collections.abc import Collection, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from contextlib import contextmanager
 from functools import partial
 from typing import Any
@@ -23,11 +23,16 @@ from trl_selective.grading import Conversation
 from trl_selective.sampling.draw import inverse_cdf
 
 
-def encode_prompt(tokenizer: PreTrainedTokenizerBase, prompt: str | Conversation) -> list[int]:
-    """Token ids of a text, or of a conversation up to where the assistant answers."""
+def encode_prompt(
+    tokenizer: PreTrainedTokenizerBase,
+    prompt: str | Conversation,
+    chat_template_kwargs: Mapping[str, Any] | None = None,
+) -> list[int]:
+    """Token ids of a text, or of a conversation up to where the assistant answers, with further arguments of `apply_chat_template`."""
     if isinstance(prompt, str):
         return tokenizer(text=prompt)["input_ids"]
-    text = tokenizer.apply_chat_template(prompt, tokenize=False, add_generation_prompt=True)
+    options = {"tokenize": False, "add_generation_prompt": True}
+    text = tokenizer.apply_chat_template(prompt, **{**(chat_template_kwargs or {}), **options})
     return tokenizer(text=text, add_special_tokens=False)["input_ids"]
 
 
