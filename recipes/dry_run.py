@@ -14,7 +14,7 @@ from typing import Any
 import torch
 import yaml
 from datasets import Dataset
-from selective_grpo import RecipeArguments, choose_split, load_rewards, load_splits
+from selective_grpo import LOADERS, RecipeArguments, choose_split, load_rewards, load_splits
 from transformers import AutoConfig, PreTrainedConfig
 from trl import ModelConfig, get_peft_config
 
@@ -149,6 +149,8 @@ def data(arguments: RecipeArguments, args: SelectiveGuidanceGRPOConfig, rewards:
     """
     if arguments.dataset_name is None:
         raise ValueError("dataset_name is not set: give a Hub id, a file or a folder.")
+    if not Path(arguments.dataset_name).exists() and Path(arguments.dataset_name).suffix in LOADERS:
+        raise ValueError(f"dataset_name: there is no file {arguments.dataset_name!r}.")
     if not Path(arguments.dataset_name).exists():
         return f"{arguments.dataset_name} is not on this machine: not checked"
     rows = choose_split(load_splits(arguments), arguments.dataset_train_split, "dataset_train_split")

@@ -14,7 +14,7 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from tests.training import QUICKSTART, length_reward, make_trainer
-from trl_selective.checkpoints import checkpoint_to_resume, damage
+from trl_selective.checkpoints import checkpoint_to_resume, damage, way_on
 from trl_selective.state import STATE_FILE
 
 ROOT = QUICKSTART.parents[1]
@@ -55,6 +55,27 @@ def test_what_was_not_written_to_its_end_is_passed_over(run, reason):
     assert damage(run / "checkpoint-3") == reason
     with pytest.warns(UserWarning, match=rf"Resuming from checkpoint-2, since checkpoint-3 .* \({reason}\)"):
         assert checkpoint_to_resume(True, str(run)) == str(run / "checkpoint-2")
+
+
+def test_the_way_on_is_a_checkpoint_of_this_run(run):
+    began = (run / "checkpoint-2" / "trainer_state.json").stat().st_mtime
+    assert way_on(str(run), 4, since=began).endswith(f"with resume_from_checkpoint='{run}/checkpoint-3'.")
+    cut(run / "checkpoint-3" / "optimizer.pt")
+    assert way_on(str(run), 4, since=began).endswith(f"with resume_from_checkpoint='{run}/checkpoint-2'.")
+    later = began + 1000
+    assert way_on(str(run), 0, since=later).endswith("start it again: it has no checkpoint.")
+    resumed = way_on(str(run), 2, since=later, resumed_from="elsewhere/checkpoint-2")
+    assert resumed.endswith("with resume_from_checkpoint='elsewhere/checkpoint-2'.")
+
+
+def test_an_error_names_no_checkpoint_of_another_run(run):
+    def broken(**columns):
+        raise KeyError("answer")
+
+    trainer = make_trainer(run, reward_funcs=broken, max_steps=5)
+    with pytest.raises(KeyError) as error:
+        trainer.train()
+    assert "start it again: it has no checkpoint." in error.value.__notes__[-1]
 
 
 def test_whole_checkpoints_are_taken_as_they_are(run):

@@ -95,6 +95,19 @@ def test_rollouts_that_are_all_right():
     assert problems([[0.7], [1.0]], weights=(1.0,), names=["answer"]) == {}  # there is no other function
 
 
+def test_a_negative_weight_may_put_half_of_the_span_out_of_reach():
+    """Of 1 and -1 the span is 2, and the best total 1."""
+    rewards, weights = [[1.0, 0.0], [0.0, 1.0]], (1.0, -1.0)
+    (message,) = problems(rewards, weights=weights).values()
+    assert message.startswith("reward_weights=[1.0, -1.0] has negative ones")
+    assert problems(rewards, weights=weights, correctness_reward="format") == {}
+
+
+def test_two_functions_of_one_name_cannot_be_told_apart():
+    with pytest.raises(ValueError, match="correctness_reward='reward' is the name of 2 reward functions"):
+        scale(names=["reward", "reward"], correctness_reward="reward")
+
+
 def test_a_function_that_is_not_there():
     with pytest.raises(
         ValueError, match=r"must be one of the reward functions \['format', 'answer'\], got 'accuracy'"

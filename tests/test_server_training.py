@@ -171,7 +171,7 @@ def test_a_server_that_dies_stops_training_which_resumes_as_if_nothing_had_been(
     message = (
         rf"The expert '{NAME}' behind {re.escape(endpoint.url)} does not answer as it should: APIConnectionError: Connection error. .*"
         rf"expert_model_server_patience=0.5 seconds[^\n]*\nTraining has stopped at step 2\. Once this is mended, start it from its last checkpoint, "
-        rf"{tmp_path}/broken/checkpoint-2, with resume_from_checkpoint=True"
+        rf"with resume_from_checkpoint='{tmp_path}/broken/checkpoint-2'"
     )
     started = time.monotonic()
     with pytest.raises(ExpertServerError, match=message):

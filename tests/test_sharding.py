@@ -1,10 +1,11 @@
 """Policies of which each of two real processes holds a part (FSDP2, and ZeRO where DeepSpeed is installed) train as a whole one does."""
 
+from contextlib import nullcontext
 from types import SimpleNamespace
 
 import pytest
 import torch
-from accelerate import FullyShardedDataParallelPlugin
+from accelerate import Accelerator, FullyShardedDataParallelPlugin
 from accelerate.state import AcceleratorState
 from trl import GRPOTrainer
 
@@ -19,6 +20,7 @@ from tests.training import (
     path_dataset,
 )
 from trl_selective import PassAtKCallback, SelectiveGuidanceGRPOTrainer
+from trl_selective.sharding import loading_whole
 
 # Guided, injected and on-policy rows; policy and expert score completions, of which one process has more than a batch, and the other none.
 # With Adam's own epsilon of 1e-8, the sign of a gradient that is nearly 0, which the order of a sum decides, makes a whole step.
@@ -132,6 +134,21 @@ def shard(monkeypatch):
 
 FSDP1, FSDP2 = (FullyShardedDataParallelPlugin(fsdp_version=version) for version in (1, 2))
 ZERO3 = SimpleNamespace(zero_stage=3)
+
+
+def test_transformers_is_told_of_zero3_again(monkeypatch):
+    """With `zero3_init_flag: false`, too, where accelerate has nothing to undo."""
+    calls = []
+    plugin = SimpleNamespace(
+        zero_stage=3,
+        zero3_init_context_manager=lambda enable: nullcontext(calls.append(enable)),
+        set_deepspeed_weakref=lambda: calls.append("again"),
+    )
+    accelerator = Accelerator(cpu=True)
+    monkeypatch.setattr(AcceleratorState, "deepspeed_plugin", property(lambda state: plugin))
+    with pytest.raises(OSError, match="gone"), loading_whole(accelerator):
+        raise OSError("gone")
+    assert calls == [False, "again"]
 
 
 @pytest.mark.parametrize(

@@ -11,6 +11,7 @@ from functools import partial
 
 import pytest
 import torch
+from datasets import Dataset
 from peft import LoraConfig
 from transformers import AutoModelForCausalLM, AutoTokenizer, GenerationMixin, GPT2Config, Qwen2Config
 
@@ -670,3 +671,72 @@ def test_guided_training_on_an_accelerator(tmp_path, monkeypatch, bf16):
     assert all(math.isfinite(loss) for loss in losses)
     drawn = logged(trainer, "guidance/expert_drawn")
     assert all(0 < share < 1 for share in drawn)
+
+
+# ---- Vocabularies ----------------------------------------------------------------------------------------------------------------------
+
+
+def with_tokens(folder, **tokens):
+    """The quickstart's policy with more tokens, saved."""
+    tokenizer, model = AutoTokenizer.from_pretrained(POLICY), AutoModelForCausalLM.from_pretrained(POLICY)
+    tokenizer.add_special_tokens(tokens)
+    model.resize_token_embeddings(len(tokenizer))
+    for part in (tokenizer, model):
+        part.save_pretrained(folder)
+    return str(folder)
+
+
+@pytest.mark.parametrize("guided_sampler", ["speculative", "coin", "stepwise"])
+def test_a_pad_token_that_the_expert_lacks_only_pads(tmp_path, guided_sampler):
+    model = with_tokens(tmp_path / "policy", pad_token="<new_pad>")
+    prompts = ["2 7 > 21 :", "2 7 8 13 > 21 :"]  # one of which is padded
+    rows = Dataset.from_list([{**path_dataset(1)[0], "prompt": prompt} for prompt in prompts * 4])
+    trainer = trained(tmp_path / "out", model=model, train_dataset=rows, guided_sampler=guided_sampler, max_steps=2)
+    assert logged(trainer, "guidance/weight")
+
+
+def test_a_token_that_the_expert_lacks_is_drawn_as_without_guidance(tmp_path):
+    """The policy says it as often as "R"; the expert, whose head is padded, never does."""
+    model = with_tokens(tmp_path / "policy", extra_special_tokens=["<think>"])
+    policy, expert = AutoModelForCausalLM.from_pretrained(model), AutoModelForCausalLM.from_pretrained(EXPERT)
+    expert.resize_token_embeddings(policy.config.vocab_size)
+    right = AutoTokenizer.from_pretrained(EXPERT).convert_tokens_to_ids("R")
+    with torch.no_grad():
+        for each in (policy, expert):
+            each.lm_head.weight[-1] = each.lm_head.weight[right]
+    settings = {"model": policy, "expert_model": expert, "max_steps": 1}
+    tokenizers = {
+        "processing_class": AutoTokenizer.from_pretrained(model),
+        "expert_processing_class": AutoTokenizer.from_pretrained(EXPERT),
+    }
+    with pytest.warns(UserWarning, match=r"has no token '<think>' \(id 45\)"):
+        trainer = make_trainer(tmp_path / "out", **settings, init=tokenizers, trainer_class=Watched)
+    trainer.train()
+    (batch,) = trainer.batches
+    think = policy.config.vocab_size - 1
+    assert (trainer._sampler.vocab_size, trainer._sampler.policy_vocab_size) == (think, think + 1)
+    own = [ids for ids, is_guided in zip(batch.completion_ids, batch.is_guided, strict=True) if not is_guided]
+    assert any(think in ids for ids in own)
+    drawn = zip(batch.rollout.completion_ids, batch.rollout.expert_drawn, strict=True)
+    assert not any(flag for ids, flags in drawn for token, flag in zip(ids, flags, strict=True) if token == think)
+
+
+# ---- The record of rewards -------------------------------------------------------------------------------------------------------------
+
+
+def test_functions_of_one_name_have_the_totals_that_training_has(tmp_path):
+    """Of which TRL's log keeps one by name: 2 x length, and -1 for the other."""
+
+    def reward_of(values):
+        def reward(completions, **columns):
+            return values(completions)
+
+        return reward
+
+    funcs = [reward_of(length_reward), reward_of(lambda completions: [0.0, 1.0] * (len(completions) // 2))]
+    trainer = trained(tmp_path, reward_funcs=funcs, reward_weights=[2.0, 0.25], log_completions=True, max_steps=1)
+    (rows,) = [group for group in [read_rollouts(tmp_path)] if group]
+    (output,) = trainer.outputs
+    assert len(rows) == len(output["advantages"])
+    expected = [2 * length_reward([row["completion"]])[0] + 0.25 * (number % 2) for number, row in enumerate(rows)]
+    assert [row["reward"] for row in rows] == pytest.approx(expected, rel=1e-5)

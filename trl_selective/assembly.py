@@ -22,6 +22,7 @@ from trl_selective.experts import (
     Expert,
     ExpertServer,
     check_expert,
+    check_readable,
     connect_expert,
     load_adapter_tokenizer,
     load_expert,
@@ -98,6 +99,10 @@ def make_expert(
         ValueError: if it cannot guide this policy.
         ExpertServerError: if its server cannot.
     """
+    if not isinstance(expert_tokenizer, PreTrainedTokenizerBase | None):
+        raise ValueError(
+            f"expert_processing_class must be a tokenizer, got {expert_tokenizer!r}. Load it: `AutoTokenizer.from_pretrained(...)`."
+        )
     if args.expert_model_server_url is not None:
         server = connect_expert(
             args.expert_model_server_url,
@@ -130,6 +135,15 @@ def make_expert(
         with loading_whole(accelerator):
             expert = load_expert(expert_model, accelerator.device, **source, offload=args.expert_model_offload)
         expert_tokenizer = expert_tokenizer or load_expert_tokenizer(expert, **source)
+    check_readable(expert, tokenizer, policy.config.get_text_config().vocab_size)
+    room = getattr(expert.config.get_text_config(), "max_position_embeddings", None)
+    if args.num_guided_generations and room is not None and room <= args.max_completion_length:
+        warnings.warn(
+            f"The expert was made for texts of {room} tokens (max_position_embeddings), but completions alone may have max_completion_length="
+            f"{args.max_completion_length}: beyond, it guides by positions that it has never seen, or fails where it has no more. Shorten them, or "
+            "choose an expert for longer texts.",
+            stacklevel=4,
+        )
     return expert, check_expert(expert, expert_tokenizer, tokenizer, eos_token_ids)
 
 
@@ -138,10 +152,10 @@ def make_local_sampler(
     policy: PreTrainedModel | PeftModel,
     expert: Expert | ExpertServer,
     vocab_size: int,
-    pad_token_id: int,
+    tokenizer: PreTrainedTokenizerBase,
     accelerator: Accelerator,
 ) -> GuidedSampler:
-    """The sampler of a policy in this process, drawing over the first `vocab_size` ids."""
+    """The sampler of a policy in this process, which shares the first `vocab_size` ids with the expert."""
     if args.mixture_policy == "initial":
         policy = with_own_forwards(copy.deepcopy(policy)).requires_grad_(False).eval().to(accelerator.device)
     return make_sampler(
@@ -153,9 +167,22 @@ def make_local_sampler(
         weighting=args.guidance_weighting,
         max_weight=args.guidance_weight_max,
         vocab_size=vocab_size,
-        pad_token_id=pad_token_id,
+        policy_vocab_size=drawable(tokenizer, expert),
+        pad_token_id=padding(tokenizer, expert),
         first_token_from_expert=args.first_token_from_expert,
     )
+
+
+def drawable(tokenizer: PreTrainedTokenizerBase, expert: Expert | ExpertServer) -> int:
+    """How many ids rollouts may hold: the policy's tokens, but for one to pad with that the expert could not read."""
+    known = 1 + max(tokenizer.get_vocab().values())
+    return known if isinstance(expert, ExpertServer) else min(known, expert.config.get_text_config().vocab_size)
+
+
+def padding(tokenizer: PreTrainedTokenizerBase, expert: Expert | ExpertServer) -> int:
+    """An id to pad with that both models can read: what is masked out is read all the same."""
+    pad_token_id = tokenizer.pad_token_id
+    return pad_token_id if pad_token_id < drawable(tokenizer, expert) else 0
 
 
 def make_vllm_sampler(
@@ -167,23 +194,22 @@ def make_vllm_sampler(
     tokenizer: PreTrainedTokenizerBase,
     eos_token_ids: Collection[int],
 ) -> VllmCoinSampler:
-    """The sampler of a policy in vLLM, `llm` or the server that `args` names, drawing over the first `vocab_size` ids at most."""
+    """The sampler of a policy in vLLM, `llm` or the server that `args` names, which shares the first `vocab_size` ids with the expert."""
     engine: LocalEngine | ServedEngine
     if args.vllm_mode == "colocate":
         engine = LocalEngine(llm)
     else:
         engine = ServedEngine(args.vllm_server_base_url or f"http://{args.vllm_server_host}:{args.vllm_server_port}")
     head_size = policy.config.get_text_config().vocab_size
-    if not isinstance(expert, ExpertServer):
-        vocab_size = min(vocab_size, expert.config.get_text_config().vocab_size)
-    vocab_size = min(head_size, vocab_size)
-    sentinel = choose_sentinel(head_size, vocab_size, tokenizer, eos_token_ids)
+    num_drawable = min(head_size, drawable(tokenizer, expert))
+    sentinel = choose_sentinel(head_size, num_drawable, tokenizer, eos_token_ids)
     return VllmCoinSampler(
         engine,
         policy,
         expert,
-        Coin(args.guidance_weighting, 0.0, float(args.guidance_weight_max), vocab_size, sentinel),
-        pad_token_id=tokenizer.pad_token_id,
+        Coin(args.guidance_weighting, 0.0, float(args.guidance_weight_max), num_drawable, sentinel),
+        expert_vocab_size=vocab_size,
+        pad_token_id=padding(tokenizer, expert),
         first_token_from_expert=args.first_token_from_expert,
     )
 
@@ -210,7 +236,16 @@ def make_injector(
         needs_logprobs, render: as for `CompletionReader`.
         probability: of the trigger "with_probability", at a step.
         reward_weights: on the CPU.
+
+    Raises:
+        ValueError: if `trigger` or `selector` is none.
     """
+    for name, given, kind in (("injection_trigger", trigger, Trigger), ("injection_selector", selector, Selector)):
+        if not isinstance(given, kind | None):
+            raise ValueError(
+                f"{name} of the trainer must be an object of a subclass of {kind.__name__}, got {given!r}. Names such as {getattr(args, name)!r} go into "
+                "the config."
+            )
     reader = CompletionReader(
         tokenizer,
         eos_token_ids=sorted(eos_token_ids, key=lambda token: token != tokenizer.eos_token_id),

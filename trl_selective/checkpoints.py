@@ -73,14 +73,25 @@ def checkpoint_to_resume(resume_from_checkpoint: str | bool | None, output_dir: 
     return True  # there is none, as Transformers will say
 
 
-def way_on(output_dir: str, step: int) -> str:
-    """Where to go on when training has stopped at a step, in words: from the last whole checkpoint, or from the start."""
-    whole = (path for path in _checkpoints(Path(output_dir)) if damage(path) is None)
-    last = next(whole, None)
+def way_on(output_dir: str, step: int, *, since: float, resumed_from: str | None = None) -> str:
+    """Where to go on when training has stopped at a step, in words: from the last whole checkpoint of this run, or from the start.
+
+    Args:
+        output_dir: with its checkpoints, and maybe those of other runs.
+        step: at which it has stopped.
+        since: when it began, seconds as of `time.time`: it has written no checkpoint before.
+        resumed_from: the one that it began with.
+    """
+    own = [
+        path
+        for path in _checkpoints(Path(output_dir))
+        if damage(path) is None and (path / TRAINER_STATE).stat().st_mtime >= since
+    ]
+    last = own[0] if own else resumed_from
     start = (
-        f"from its last checkpoint, {last}, with resume_from_checkpoint=True"
+        f"from its last checkpoint, with resume_from_checkpoint={str(last)!r}"
         if last
-        else "again: there is no checkpoint"
+        else "again: it has no checkpoint"
     )
     return f"Training has stopped at step {step}. Once this is mended, start it {start}."
 

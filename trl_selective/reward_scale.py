@@ -73,7 +73,12 @@ class RewardScale:
             problems["reward_range"] = _unit_problem(rewards_per_func, self.weights, self.names)
         elif self.reward_range is not None and is_by_total:
             problems["reward_range"] = _range_problem(rewards, self.reward_range)
-        if is_by_total:
+        if is_by_total and (self.weights < 0).any():
+            problems["correctness_reward"] = (
+                f"reward_weights={self.weights.tolist()} has negative ones: a total reward above half of reward_range, which makes a rollout correct, may be "
+                "out of reach. Set correctness_reward to the function that tells right from wrong."
+            )
+        elif is_by_total:
             verdicts = self.is_correct(rewards_per_func, self.span(rewards_per_func))
             problems["correctness_reward"] = _verdict_problem(rewards, verdicts, self.names)
         return {setting: problem for setting, problem in problems.items() if problem}
@@ -85,6 +90,10 @@ def check_correctness_reward(name: str, reward_func_names: Sequence[str]) -> Non
     Raises:
         ValueError: naming those that are.
     """
+    if reward_func_names.count(name) > 1:
+        raise ValueError(
+            f"correctness_reward={name!r} is the name of {reward_func_names.count(name)} reward functions. Give them names of their own (`__name__`)."
+        )
     if name not in reward_func_names:
         raise ValueError(
             f"correctness_reward must be one of the reward functions {list(reward_func_names)}, got {name!r}. A function that shall decide and "

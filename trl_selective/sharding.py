@@ -88,9 +88,13 @@ def loading_whole(accelerator: Accelerator) -> Iterator[None]:
     """Models that are loaded in here are whole on every process. Elsewhere ZeRO-3 divides all that is loaded, and FSDP with
     `cpu_ram_efficient_loading` leaves all processes but the first without weights, which only the policy is given later."""
     if is_zero3(accelerator):
-        with accelerator.state.deepspeed_plugin.zero3_init_context_manager(enable=False):
-            unset_hf_deepspeed_config()
-            yield
+        plugin = accelerator.state.deepspeed_plugin
+        try:
+            with plugin.zero3_init_context_manager(enable=False):
+                unset_hf_deepspeed_config()
+                yield
+        finally:
+            plugin.set_deepspeed_weakref()  # with `zero3_init_flag: false` nobody else tells Transformers again
     elif _fsdp_loads_parts(accelerator):
         disable_fsdp_ram_efficient_loading()
         try:

@@ -50,7 +50,7 @@ from trl_selective.experts import (
     evaluation_mode,
     on_device,
 )
-from trl_selective.functional.advantages import mixed_group_advantages, total_reward
+from trl_selective.functional.advantages import mixed_group_advantages
 from trl_selective.functional.importance import TRUNCATED
 from trl_selective.grading import watched
 from trl_selective.guided_batch import GuidedBatch
@@ -170,7 +170,10 @@ class SelectiveGuidanceGRPOTrainer(GRPOTrainer):
         self._loss_sums: torch.Tensor | None = None  # what `bind_to_policy` adds up in that micro-batch
         self._update_sums = LossSums()  # of the micro-batches of an update
         self._last_injected: tuple[list, list] | None = None  # prompts and completions, until the policy was updated
+        self._last_rewards: torch.Tensor | None = None  # of the last batch, as the advantages have them
         self._logged_batch: LoggedBatch | None = None  # the last one, until it was written
+        self._begun = time.time()  # of training
+        self._resumed_from: str | None = None  # the checkpoint that it goes on from
         self._evaluated_at: int | None = None  # when the weights with which training began were evaluated
         self._warned_of: set[str] = set()  # settings that do not fit the run, its data or its rewards
         self._check_run()
@@ -262,7 +265,7 @@ class SelectiveGuidanceGRPOTrainer(GRPOTrainer):
             llm = getattr(self.vllm_generation, "llm", None)  # a server has none
             self._sampler = make_vllm_sampler(args, llm, *models, tokenizer, self.eos_token_ids)
         else:
-            self._sampler = make_local_sampler(args, *models, tokenizer.pad_token_id, self.accelerator)
+            self._sampler = make_local_sampler(args, *models, tokenizer, self.accelerator)
         self._threshold = EntropyThreshold(
             self.model.config.get_text_config().vocab_size,
             quantile=args.entropy_quantile,
@@ -578,10 +581,12 @@ class SelectiveGuidanceGRPOTrainer(GRPOTrainer):
         batch = self._batch
         self._log_columns(len(inputs))
         if batch is not None and batch.injection is not None:
-            return batch.rewards_per_func
-        rewards_per_func = self._rewards(inputs, *args, **kwargs)
-        if batch is not None:
-            batch.sampled_rewards_per_func = batch.rewards_per_func = rewards_per_func
+            rewards_per_func = batch.rewards_per_func
+        else:
+            rewards_per_func = self._rewards(inputs, *args, **kwargs)
+            if batch is not None:
+                batch.sampled_rewards_per_func = batch.rewards_per_func = rewards_per_func
+        self._last_rewards = rewards_per_func
         return rewards_per_func
 
     def _rewards(self, *args, **kwargs) -> torch.Tensor:
@@ -778,11 +783,10 @@ class SelectiveGuidanceGRPOTrainer(GRPOTrainer):
         """What TRL's logs hold of this batch, with what they do not: who drew the tokens. Without a `batch`, all rows are on-policy."""
         logs = self._logs
         rewards_per_func = {name: list(values) for name, values in logs["rewards"].items()}
-        by_row = torch.tensor([rewards_per_func[name] for name in self.reward_func_names]).T
         return LoggedBatch(
             prompts=list(logs["prompt"]),
             completions=list(logs["completion"]),
-            rewards=total_reward(by_row, self.reward_weights.cpu()).tolist(),
+            rewards=self._reward_scale.totals(self._last_rewards).flatten().tolist(),
             rewards_per_func=rewards_per_func,
             advantages=list(logs["advantages"]),
             num_generations=self.num_generations,
@@ -811,7 +815,8 @@ class SelectiveGuidanceGRPOTrainer(GRPOTrainer):
         """As [`~transformers.Trainer.train`], but `resume_from_checkpoint=True` goes on from the last checkpoint that was written to its
         end, and one that was not is refused. Leaves `training_dynamics.png` in the output folder, where matplotlib is installed."""
         resume_from_checkpoint = checkpoint_to_resume(resume_from_checkpoint, self.args.output_dir)
-        self._evaluated_at = evaluated_at(self.args.output_dir)
+        self._evaluated_at, self._begun = evaluated_at(self.args.output_dir), time.time()
+        self._resumed_from = str(resume_from_checkpoint) if resume_from_checkpoint else None
         output = super().train(resume_from_checkpoint, *args, **kwargs)
         if self.is_world_process_zero() and (problem := self._save_picture()):
             logger.warning("No picture of the training dynamics: %s", problem)
@@ -822,7 +827,11 @@ class SelectiveGuidanceGRPOTrainer(GRPOTrainer):
         try:
             return super().training_step(*args, **kwargs)
         except Exception as error:
-            error.add_note(way_on(self.args.output_dir, self.state.global_step))
+            error.add_note(
+                way_on(
+                    self.args.output_dir, self.state.global_step, since=self._begun, resumed_from=self._resumed_from
+                )
+            )
             raise
 
     def _save_rng_state(self, output_dir):

@@ -12,7 +12,7 @@ from tests.training import GUIDED, INJECTED, POLICY, expert_dataset, length_rewa
 from trl_selective import SelectiveGuidanceGRPOTrainer
 
 NAN, INF = float("nan"), float("inf")
-NOWHERE = "Training has stopped at step 0. Once this is mended, start it again: there is no checkpoint."
+NOWHERE = "Training has stopped at step 0. Once this is mended, start it again: it has no checkpoint."
 CHATML = "{% for m in messages %}{{ m.role }} {{ m.content }}<eos>{% endfor %}{% if add_generation_prompt %}assistant {% endif %}"
 # Shows answers without their thoughts, as the templates of several reasoning models do.
 DROPS_THOUGHTS = CHATML.replace("{{ m.content }}", "{{ m.content.split('U')[-1] }}")

@@ -6,7 +6,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from peft import LoraConfig, PeftModel, get_peft_model
+from peft import LoraConfig, PeftModel, PromptTuningConfig, get_peft_model
 from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase, Qwen2Config
 
@@ -14,7 +14,7 @@ from tests.bad_input.case import Case, Error, Warned
 from tests.training import EXPERT, INJECTED, PLAIN, POLICY, expert_dataset, make_trainer
 from trl_selective.selection import First, GroupFailed
 
-NOWHERE = "Training has stopped at step 0. Once this is mended, start it again: there is no checkpoint."
+NOWHERE = "Training has stopped at step 0. Once this is mended, start it again: it has no checkpoint."
 LORA = {"r": 2, "target_modules": ["q_proj", "v_proj"], "task_type": "CAUSAL_LM"}
 Changes = Callable[[Path], dict[str, Any]]
 
@@ -171,6 +171,10 @@ def on_the_base(**changes) -> dict[str, Any]:
     return {"expert_model": None, "expert_model_shares_base": True, "init": {"peft_config": lora}, **changes}
 
 
+def prompt_tuning(folder: Path) -> dict[str, Any]:
+    return on_the_base(init={"peft_config": PromptTuningConfig(task_type="CAUSAL_LM", num_virtual_tokens=3)})
+
+
 def of_another_shape(folder: Path) -> dict[str, Any]:
     path = Path(adapter(folder / "adapter")) / "adapter_model.safetensors"
     save_file({name: value[:1].contiguous() for name, value in load_file(path).items()}, path)
@@ -238,6 +242,7 @@ SECTIONS = {
             refused("a policy's adapter with `bias='all'`", on_the_base(lora={"bias": "all"}), "The policy's adapter has bias='all', which changes parameters of the base model that policy and expert would share. Use an adapter that leaves the base alone, or load the expert as a model of its own: expert_model_shares_base=False."),
             refused("a policy's adapter that starts as PiSSA", on_the_base(lora={"init_lora_weights": "pissa"}), "The policy's adapter has init_lora_weights='pissa', which changes parameters of the base model that policy and expert would share. Use an adapter that leaves the base alone, or load the expert as a model of its own: expert_model_shares_base=False."),
             refused("a policy's adapter with `modules_to_save`", on_the_base(lora={"modules_to_save": ["embed_tokens"]}), "The policy's adapter trains whole modules (model.embed_tokens.weight), so that the base model is not what it was. Use an adapter without modules_to_save, or load the expert as a model of its own: expert_model_shares_base=False."),
+            refused("a prompt-tuning adapter", prompt_tuning, "The policy has a PromptTuningConfig adapter, which cannot be taken off its base. Use an adapter that changes weights, such as LoRA, or load the expert as a model of its own: expert_model_shares_base=False."),
             refused("an expert's adapter with `bias='lora_only'`", lambda folder: on_the_base(expert_model=adapter(folder / "adapter", bias="lora_only")), "The expert's adapter has bias='lora_only', which changes parameters of the base model that policy and expert would share. Use an adapter that leaves the base alone, or load the expert as a model of its own: expert_model_shares_base=False."),
             refused("an expert's adapter of another shape", of_another_shape, "The expert '…/adapter' does not fit on the policy's base model. Choose an adapter of that base, or set expert_model_shares_base=False to load it with a base of its own. …"),
             refused("an expert's adapter of another base", lambda folder: on_the_base(expert_model=adapter(folder / "adapter", EXPERT)), "The expert '…/adapter' was made for '…/expert', and guides from the base '…/recipes/quickstart/policy': an adapter is an expert on its own base only.", Warned),

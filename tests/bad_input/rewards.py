@@ -27,8 +27,8 @@ RUN = {
     "max_steps": 1,
     "overlong_expert_completions": "truncate",
 }
-ANEW = "Training has stopped at step 0. Once this is mended, start it again: there is no checkpoint."
-ON = "Training has stopped at step 1. Once this is mended, start it from its last checkpoint, …checkpoint-1, with resume_from_checkpoint=True."
+ANEW = "Training has stopped at step 0. Once this is mended, start it again: it has no checkpoint."
+ON = "Training has stopped at step 1. Once this is mended, start it from its last checkpoint, with resume_from_checkpoint='…checkpoint-1'."
 LIST = "Have it return a list with a number for each, None where it does not apply."
 ONE_EACH = "Have it return one for each, None where it does not apply."
 FINITE = "Have it return a finite number, or None where it does not apply."

@@ -12,7 +12,7 @@ from tests.endpoint import VllmEndpoint
 from tests.training import EXPERT, POLICY, length_reward, make_trainer
 from trl_selective.experts import ExpertServerError
 
-NOWHERE = "Training has stopped at step 0. Once this is mended, start it again: there is no checkpoint."
+NOWHERE = "Training has stopped at step 0. Once this is mended, start it again: it has no checkpoint."
 Trouble = Callable[..., Any]
 
 
@@ -103,7 +103,7 @@ SECTIONS = {
             refused("no name of an expert", "expert_model_server_url='http://…/v1' needs the name under which the server knows the expert, got NoneType. Set `expert_model_name_or_path` to it, or unset the url to guide with a model in this process.", lambda: {"expert_model": None}, kind=ValueError),
             refused("a model in place of a name", "expert_model_server_url='http://…/v1' needs the name under which the server knows the expert, got LlamaForCausalLM. Set `expert_model_name_or_path` to it, or unset the url to guide with a model in this process.", lambda: {"expert_model": expert()}, kind=ValueError),
             refused("a name that it does not serve", "http://…/v1 serves ['the-expert'], but not 'another'. Set expert_model_name_or_path to a name that it serves.", lambda: {"expert_model": "another"}),
-            refused("a shorter context than `max_completion_length`", "http://…/v1 takes texts of 26 tokens, but completions alone may have max_completion_length=26. Start it with a larger `--max-model-len`.", longest=26),
+            refused("a shorter context than `max_completion_length`", "http://…/v1 takes texts of 26 tokens, but completions alone may have max_completion_length=26. Start it with a larger `--max-model-len`: the longest prompt and completion, and one token more.", longest=26),
             refused("another vocabulary", "The expert behind http://…/v1 reads '…' as the tokens […], but the policy's tokenizer reads it as […]. Token-level guidance needs one vocabulary: serve an expert of the policy's model family.", encode=reads_backwards),
             refused("an endpoint for chats alone", "The expert 'the-expert' behind http://…/v1 does not answer as it should: NotFoundError: …404…. Expected an endpoint for completions, as `vllm serve` has one (one for chats alone will not do); its address often ends in /v1.", trouble=only_chats),
             refused("a web page", "The expert 'the-expert' behind http://…/v1 does not answer as it should: its answer is not what `vllm serve` answers (…). Is `vllm serve` running there? Its log may say more.", trouble=lambda number, headers: PAGE),
@@ -112,7 +112,7 @@ SECTIONS = {
             Error("nobody there", is_not_there, "The expert 'the-expert' behind http://…/v1 does not answer as it should: APIConnectionError: …. Is `vllm serve` running there? Its log may say more.", ExpertServerError),
             Error("it goes away while training", goes_away, f"The expert 'the-expert' behind http://…/v1 does not answer as it should: APIConnectionError: …. This went on for expert_model_server_patience=0.5 seconds. Start the server again, or be more patient.\n{NOWHERE}", ExpertServerError),
             stopped("it fails while training", (503, {}, '{"error": {"message": "out of memory"}}'), "The expert 'the-expert' behind http://…/v1 does not answer as it should: InternalServerError: …out of memory…. This went on for expert_model_server_patience=0.5 seconds. Start the server again, or be more patient."),
-            stopped("it refuses a request while training", (400, {}, '{"error": {"message": "maximum context length"}}'), "The expert 'the-expert' behind http://…/v1 does not answer as it should: BadRequestError: …maximum context length…. Is `vllm serve` running there? Its log may say more."),
+            stopped("it refuses a request while training", (400, {}, '{"error": {"message": "maximum context length"}}'), "The expert 'the-expert' behind http://…/v1 does not answer as it should: BadRequestError: …maximum context length…. If the text is too long for it, start it with a larger `--max-model-len`: the longest prompt and completion, and one token more."),
             stopped("it answers nonsense", (200, {}, '{"choices": ['), "The expert 'the-expert' behind http://…/v1 does not answer as it should: its answer is not what `vllm serve` answers (…). This went on for expert_model_server_patience=0.5 seconds. Start the server again, or be more patient."),
             stopped("it answers with texts in place of token ids", token("Hello"), "The expert 'the-expert' behind http://…/v1 does not answer as it should: its answer is not what `vllm serve` answers (ValueError: expected tokens like 'token_id:123', got ['Hello']). This went on for expert_model_server_patience=0.5 seconds. Start the server again, or be more patient."),
             stopped("it draws a token that the policy does not have", token("token_id:45"), "The expert server at http://…/v1 drew token 45, but the policy's end at 44. Serve an expert with the policy's vocabulary, or one that was trained never to draw the padding behind it."),

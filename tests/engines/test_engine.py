@@ -31,6 +31,18 @@ def test_a_server_of_another_kind(answer):
         ServedEngine(address(endpoint))
 
 
+def test_the_key_of_another_endpoint_is_kept(monkeypatch):
+    monkeypatch.setenv("OPENAI_API_KEY", "sk-secret")
+    seen = []
+    answer = (200, {}, '{"data": [{"id": "policy", "max_model_len": 64}]}')
+    with VllmEndpoint(
+        MODEL, encode=list, trouble=lambda number, headers: seen.append(dict(headers)) or answer
+    ) as endpoint:
+        ServedEngine(address(endpoint))
+    assert seen
+    assert "sk-secret" not in str(seen)
+
+
 def test_a_server_that_knows_nothing_of_coins():
     with VllmEndpoint(MODEL, encode=list) as endpoint:
         engine = ServedEngine(address(endpoint))

@@ -48,7 +48,12 @@ def sampler(models, guidance: Guidance, expert=None, engine=None, sentinel=7) ->
     coin = Coin(guidance.weighting, 0.0, guidance.max_weight, guidance.vocab_size, sentinel)
     engine = engine or TransformersEngine(models[0])
     return VllmCoinSampler(
-        engine, models[0], expert or models[1], coin, first_token_from_expert=guidance.first_token_from_expert
+        engine,
+        models[0],
+        expert or models[1],
+        coin,
+        expert_vocab_size=guidance.expert_vocab_size,
+        first_token_from_expert=guidance.first_token_from_expert,
     )
 
 
@@ -70,6 +75,7 @@ SETTINGS = {
     "ramp_cooled": Guidance(threshold=2.0, temperature=0.8),
     "gate": Guidance("hard_gate", threshold=1.0, max_weight=0.7),
     "expert_first": Guidance(threshold=4.0, first_token_from_expert=True),
+    "expert_lacks_tokens": Guidance(threshold=2.0, expert_vocab_size=5),
 }
 
 
@@ -203,6 +209,19 @@ def test_a_text_ends_where_the_engines_context_does(models):
     engine = TransformersEngine(models[0], max_model_len=9)
     rollout = sample(models, Guidance("constant", max_weight=0.5), PROMPTS * 4, 20, engine=engine)
     assert [len(ids) for ids in rollout.completion_ids] == [4, 8, 6] * 4
+
+
+def test_an_answer_without_tokens_is_named(models):
+    """As a server gives for a request that it aborts."""
+
+    class Aborting(TransformersEngine):
+        def poll(self, patient):
+            return ((row, []) for row, _ in super().poll(patient))
+
+    guide = sampler(models, Guidance(), engine=TransformersEngine(models[0]))
+    guide.engine.__class__ = Aborting
+    with pytest.raises(RuntimeError, match="ended a request without a token"):
+        guide.sample(PROMPTS, entropy_threshold=1.0, max_completion_length=4, eos_token_ids=[1])
 
 
 def test_an_engine_that_flips_no_coins_is_refused(models):

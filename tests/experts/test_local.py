@@ -12,6 +12,7 @@ from tests.training import EXPERT, POLICY
 from trl_selective.experts import (
     accelerator_or_cpu,
     check_expert,
+    check_readable,
     load_expert,
     load_expert_tokenizer,
     local,
@@ -158,7 +159,8 @@ def test_heads_of_other_sizes_do_not_matter(padded):
 def test_tokens_behind_the_last_shared_id_are_not_shared():
     longer = tokenizer_of([*WORDS, "d", "e"])
     assert check_expert(expert_ending_with(1), longer, tokenizer_of(WORDS), {1}) == 5
-    assert check_expert(expert_ending_with(1), tokenizer_of(WORDS), longer, {1}) == 5
+    with pytest.warns(UserWarning, match=r"has no token 'd' \(id 5\) and 1 more"):
+        assert check_expert(expert_ending_with(1), tokenizer_of(WORDS), longer, {1}) == 5
     other = tokenizer_of([*WORDS, "x", "y", "z"])
     with pytest.raises(ValueError, match="maps 'd' to None but the policy's maps it to 5"):
         check_expert(expert_ending_with(1), other, longer, {1})
@@ -274,3 +276,33 @@ def test_an_expert_that_cannot_be_moved_cannot_be_offloaded(reason):
     setattr(expert, reason, {"": "cpu"})
     with pytest.raises(ValueError, match=r"expert_model_offload=True needs .* device map or quantised weights"):
         load_expert(expert, CPU, offload=True)
+
+
+BIGGER = [*WORDS, "<think>", "<answer>"]
+
+
+def test_tokens_that_the_experts_tokenizer_lacks_are_named():
+    expert = tiny_model(1, vocab_size=7)  # whose embeddings have room for them
+    with pytest.warns(
+        UserWarning,
+        match=r"has no token '<think>' \(id 5\) and 1 more, as the policy's has: the expert never draws them",
+    ):
+        assert check_expert(expert, tokenizer_of(WORDS), tokenizer_of(BIGGER), [1]) == 5
+
+
+def test_tokens_that_the_expert_cannot_read_are_refused():
+    expert = tiny_model(1, vocab_size=6)
+    message = r"reads token ids below 6, but the policy's tokenizer has token '<answer>' \(id 6\)\. .*resize_token_embeddings\(7\)"
+    with pytest.raises(ValueError, match=message):
+        check_readable(expert, tokenizer_of(BIGGER), head_size=7)
+    check_readable(expert, tokenizer_of(BIGGER), head_size=6)  # the policy itself cannot use it
+
+
+def test_a_new_token_that_only_pads_is_no_token():
+    tokenizer = tokenizer_of(WORDS)
+    tokenizer.add_special_tokens({"pad_token": "<new_pad>"})
+    assert tokenizer.pad_token_id == 5
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        assert check_expert(tiny_model(1, vocab_size=5), tokenizer_of(WORDS), tokenizer, [1]) == 5
+        check_readable(tiny_model(1, vocab_size=5), tokenizer, head_size=6)

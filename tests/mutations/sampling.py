@@ -299,4 +299,18 @@ SAMPLING = [
         ("all(can_forget_tokens", "any(can_forget_tokens", "drafts with a cache that cannot forget"),
         tests=("sampling/test_sampler.py",),
     ),
+    *mutations(
+        "sampling/sampler.py",
+        (
+            "return token_probs(logits[..., : self.policy_vocab_size], temperature)",
+            "return pad(token_probs(logits[..., : self.vocab_size], temperature), (0, self.policy_vocab_size - self.vocab_size))",
+            "the policy never says what the expert's tokenizer lacks",
+        ),
+        (
+            "law = token_probs(logits[..., : self.vocab_size], temperature)",
+            "law = token_probs(logits[..., : self.policy_vocab_size], temperature)[..., : self.vocab_size]",
+            "the expert's law does not add up to 1",
+        ),
+        tests=("sampling/test_models.py::test_tokens_that_only_the_policy_has",),
+    ),
 ]

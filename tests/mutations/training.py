@@ -28,7 +28,7 @@ TRAINING = [
     ),
     *mutations(
         "trainer.py",
-        ("        if coef == 0:\n            return None\n", "", "guided rows after alpha has ended"),
+        ("if self.num_guided_generations and coef > 0 else None", "if self.num_guided_generations else None", "guided rows after alpha has ended"),
         ("(self.state.max_steps)(self.state.global_step)", "(self.state.max_steps)(0)", "alpha never falls"),
         tests=("test_trainer.py::test_alpha_ends_guidance",),
     ),

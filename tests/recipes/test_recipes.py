@@ -177,6 +177,7 @@ def test_what_is_here_is_looked_at(here, tmp_path):
         (LORA, ["--prompt_column", "question"], "The dataset has no column 'question'"),
         (LORA, ["--gradient_accumulation_steps", "5"], "steps_per_generation=24 is no multiple of gradient_accumulation_steps=5"),
         (PAPERS[4], [], "train_dataset has no column 'expert_completions'"),
+        (LORA, ["--dataset_name", "gone.jsonl"], "dataset_name: there is no file 'gone.jsonl'."),
         (LORA, ["--model_name_or_path", "no/where"], "The config of 'no/where' is neither"),
     ],
 )  # fmt: skip

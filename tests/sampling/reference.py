@@ -23,6 +23,7 @@ class Guidance:
     temperature: float = 1.0
     first_token_from_expert: bool = False
     vocab_size: int = 7
+    expert_vocab_size: int | None = None  # where the expert has fewer tokens
 
     def weight(self, entropy: Tensor, position: int) -> Tensor:
         if self.first_token_from_expert and position == 0:
@@ -41,6 +42,8 @@ class Guidance:
             "first_token_from_expert": self.first_token_from_expert,
             **kwargs,
         }
+        if self.expert_vocab_size is not None:
+            kwargs |= {"vocab_size": self.expert_vocab_size, "policy_vocab_size": self.vocab_size}
         if kind in WITHOUT_DRAFTS:
             return WITHOUT_DRAFTS[kind](policy, expert, **kwargs)
         return SpeculativeSampler(policy, expert, draft_length=kind, **kwargs)
@@ -57,10 +60,17 @@ class Guidance:
 
 
 @torch.no_grad()
-def fresh_probs(model, texts: list[list[int]], guidance: Guidance) -> Tensor:
-    """The laws after every token of texts of one length: (texts, tokens, vocab)."""
-    logits = model(input_ids=torch.tensor(texts), use_cache=False).logits[..., : guidance.vocab_size]
-    return (logits.double() / guidance.temperature).softmax(-1)
+def fresh_probs(model, texts: list[list[int]], guidance: Guidance, vocab_size: int | None = None) -> Tensor:
+    """The laws after every token of texts of one length: (texts, tokens, vocab). Ids from `vocab_size` on have probability 0."""
+    logits = model(input_ids=torch.tensor(texts), use_cache=False).logits[..., : guidance.vocab_size].double()
+    logits[..., guidance.vocab_size if vocab_size is None else vocab_size :] = -torch.inf
+    return (logits / guidance.temperature).softmax(-1)
+
+
+def fresh_laws(policy, expert, texts: list[list[int]], guidance: Guidance) -> tuple[Tensor, Tensor]:
+    """Those of both models."""
+    size = guidance.vocab_size if guidance.expert_vocab_size is None else guidance.expert_vocab_size
+    return fresh_probs(policy, texts, guidance), fresh_probs(expert, texts, guidance, size)
 
 
 def entropy_of(probs: Tensor) -> Tensor:
@@ -72,7 +82,7 @@ def enumerated_law(policy, expert, prompt, length: int, eos, guidance: Guidance)
     law, alive = {}, {(): 1.0}
     for position in range(length):
         texts = [[*prompt, *prefix] for prefix in alive]
-        p, e = (fresh_probs(model, texts, guidance)[:, -1] for model in (policy, expert))
+        p, e = (law[:, -1] for law in fresh_laws(policy, expert, texts, guidance))
         w = guidance.weight(entropy_of(p), position)[:, None]
         mixed = ((1 - w) * p + w * e).tolist()
         grown = {
@@ -100,7 +110,7 @@ class Record:
 def expected_record(policy, expert, prompt, completion, guidance: Guidance) -> Record:
     text = [[*prompt, *completion]]
     start = len(prompt) - 1
-    p, e = (fresh_probs(model, text, guidance)[0, start:-1] for model in (policy, expert))
+    p, e = (law[0, start:-1] for law in fresh_laws(policy, expert, text, guidance))
     entropies = entropy_of(p)
     w = torch.stack([guidance.weight(h, position) for position, h in enumerate(entropies)])
     token = torch.tensor(completion)[:, None]

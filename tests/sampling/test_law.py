@@ -20,6 +20,7 @@ SETTINGS = {
     "ramp_capped": Guidance(threshold=0.5, max_weight=0.6),
     "gate": Guidance("hard_gate", threshold=1.0, max_weight=0.9),
     "expert_first": Guidance(threshold=2.0, first_token_from_expert=True),
+    "expert_lacks_tokens": Guidance(threshold=1.5, expert_vocab_size=5),
     "w0": Guidance("constant", max_weight=0.0, temperature=0.8),
     "w1": Guidance("constant", max_weight=1.0),
 }

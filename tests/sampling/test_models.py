@@ -99,6 +99,23 @@ def test_padded_heads(kind, policy_head, expert_head):
 
 
 @pytest.mark.parametrize("kind", KINDS)
+def test_tokens_that_only_the_policy_has(kind):
+    """The policy draws them in rows of either kind, as it would alone; the expert never does."""
+    policy, expert = tiny_model(1), tiny_model(2)
+    guidance = Guidance(threshold=1.2, expert_vocab_size=4)
+    is_guided = [row % 2 == 0 for row in range(60)]
+    rollout = guidance.sample(kind, policy, expert, PROMPTS * 20, length=LENGTH, eos={1}, is_guided=is_guided)
+    rows = {flag: [row for row, own in enumerate(is_guided) if own == flag] for flag in (True, False)}
+    assert_recorded(rollout.take(rows[True]), policy, expert, [(PROMPTS * 20)[row] for row in rows[True]], guidance)
+    alone = Guidance("constant", max_weight=0.0)
+    assert_recorded(rollout.take(rows[False]), policy, expert, [(PROMPTS * 20)[row] for row in rows[False]], alone)
+    for flag in rows:
+        assert {4, 5, 6} & {token for row in rows[flag] for token in rollout.completion_ids[row]}
+    drawn = zip(rollout.completion_ids, rollout.expert_drawn, strict=True)
+    assert max(token for ids, flags in drawn for token, flag in zip(ids, flags, strict=True) if flag) < 4
+
+
+@pytest.mark.parametrize("kind", KINDS)
 @pytest.mark.parametrize("wrap", [Opaque, partial(torch.compile, backend="eager")], ids=["opaque", "compiled"])
 def test_wrappers_that_hide_the_signature(kind, wrap):
     """Positions must arrive all the same: GPT-2 would count padding."""

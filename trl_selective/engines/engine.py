@@ -158,7 +158,8 @@ class ServedEngine:
 
     def __init__(self, url: str, concurrency: int = 256):
         self.url = url
-        self._client = endpoint_client(f"{url.rstrip('/')}/v1", timeout=3600.0, max_retries=2)
+        # TRL sends weights there without a key: none can be asked for, and that of another endpoint is none of its business.
+        self._client = endpoint_client(f"{url.rstrip('/')}/v1", timeout=3600.0, max_retries=2, sends_key=False)
         self._pool = DaemonPool(concurrency, "policy-server")
         self._flight: dict[Future, int] = {}
         served = self._ask(self._client.models.list).data

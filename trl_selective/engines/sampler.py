@@ -1,10 +1,11 @@
 """Guided rollouts of a policy in a vLLM engine: it writes until a coin shows heads, the expert draws that token, and it writes on."""
 
 import math
-from collections.abc import Collection, Iterator, Sequence
+from collections.abc import Callable, Collection, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
 from functools import partial
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -59,6 +60,7 @@ class VllmCoinSampler:
         policy: the same model here.
         expert: a model, which scores; or one that is not in this process.
         coin: how coins are flipped; its threshold is that of `sample`.
+        expert_vocab_size: ids from here on have pi* = 0; None for the coin's `vocab_size`.
         pad_token_id, first_token_from_expert: as for `GuidedSampler`.
 
     Raises:
@@ -72,6 +74,7 @@ class VllmCoinSampler:
         expert: nn.Module | RemoteExpert,
         coin: Coin,
         *,
+        expert_vocab_size: int | None = None,
         pad_token_id: int = 0,
         first_token_from_expert: bool = False,
     ):
@@ -79,6 +82,7 @@ class VllmCoinSampler:
             check_reader(expert)
         check_flips(engine, coin)
         self.engine, self.policy, self.expert, self.coin = engine, policy, expert, coin
+        self.expert_vocab_size = min(coin.vocab_size, expert_vocab_size or coin.vocab_size)
         self.pad_token_id, self.first_token_from_expert = pad_token_id, first_token_from_expert
 
     @torch.no_grad()
@@ -110,7 +114,7 @@ class VllmCoinSampler:
                 self.expert,
                 [row.prompt for row in rows],
                 max_completion_length=max(row.max_length for row in rows),
-                vocab_size=self.coin.vocab_size,
+                vocab_size=self.expert_vocab_size,
                 pad_token_id=self.pad_token_id,
                 temperature=temperature,
             )
@@ -149,9 +153,13 @@ class VllmCoinSampler:
             is_scored=False,
         )
         if isinstance(self.expert, nn.Module):
-            score = partial(completion_logps, self.expert, temperature=temperature, vocab_size=self.coin.vocab_size)
-            return scored(rollout, prompts, score)
-        return scored(rollout, prompts, self.expert.completion_logps) if self.expert.scores else rollout
+            settings: dict[str, Any] = {"temperature": temperature, "vocab_size": self.expert_vocab_size}
+            score: Callable = partial(completion_logps, self.expert, **settings)
+        elif self.expert.scores:
+            score = self.expert.completion_logps
+        else:
+            return rollout
+        return scored(rollout, prompts, score, self.expert_vocab_size)
 
 
 class Writing:
@@ -201,6 +209,10 @@ class Writing:
 
     def _take(self, number: int, ids: list[int]) -> None:
         """What the policy has written. Behind it, its coin may show heads."""
+        if not ids:
+            raise RuntimeError(
+                "The policy's engine ended a request without a token, as one that was aborted. Its log may say why."
+            )
         is_heads = ids[-1] == self.coin.sentinel
         self.rows[number].extend(ids[:-1] if is_heads else ids, by_expert=False)
         (self._ask if is_heads else self._go_on)(number)

@@ -4,7 +4,7 @@ import os
 from typing import Any
 
 
-def endpoint_client(base_url: str | None, *, timeout: float, max_retries: int) -> Any:
+def endpoint_client(base_url: str | None, *, timeout: float, max_retries: int, sends_key: bool = True) -> Any:
     """An `openai.OpenAI` for an endpoint that speaks its protocol. The key, if it wants one, is read from the variable OPENAI_API_KEY.
 
     Redirects are not followed: they would carry prompts to a place that nobody named.
@@ -13,6 +13,7 @@ def endpoint_client(base_url: str | None, *, timeout: float, max_retries: int) -
         base_url: such as "http://localhost:8000/v1".
         timeout: seconds that a request may take.
         max_retries: of a request that fails for a reason that may pass, with pauses that grow.
+        sends_key: whether the endpoint gets the key.
 
     Raises:
         ImportError: if the package `openai` is missing.
@@ -25,8 +26,8 @@ def endpoint_client(base_url: str | None, *, timeout: float, max_retries: int) -
         ) from error
     return OpenAI(
         base_url=base_url,
-        api_key=os.environ.get("OPENAI_API_KEY")
-        or "no-key",  # which the library demands, also for servers that do not
+        # The library demands one, also for servers that do not.
+        api_key=(sends_key and os.environ.get("OPENAI_API_KEY")) or "no-key",
         timeout=timeout,
         max_retries=max_retries,
         http_client=DefaultHttpxClient(follow_redirects=False),

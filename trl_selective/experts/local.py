@@ -165,4 +165,41 @@ def check_vocabulary(expert_tokenizer: PreTrainedTokenizerBase | None, tokenizer
                 f"The expert's tokenizer maps {token!r} to {theirs.get(token)} but the policy's maps it to {index}. Token-level guidance needs "
                 "one vocabulary: choose an expert of the policy's model family."
             )
+    if others := _others(tokenizer, num_shared):
+        warnings.warn(
+            f"The expert's tokenizer has no {_names(others)}, as the policy's has: the expert never draws them, and was not trained to read them.",
+            stacklevel=4,
+        )
     return num_shared
+
+
+def check_readable(expert: Expert, tokenizer: PreTrainedTokenizerBase, head_size: int) -> None:
+    """Refuse an expert that has no embeddings for what the policy may say or be asked.
+
+    Args:
+        expert: the expert.
+        tokenizer: the policy's.
+        head_size: ids that the policy itself has logits for.
+
+    Raises:
+        ValueError: naming a token.
+    """
+    num_readable = expert.config.get_text_config().vocab_size
+    others = _others(tokenizer, num_readable)
+    if unreadable := {token: index for token, index in others.items() if index < head_size}:
+        raise ValueError(
+            f"The expert reads token ids below {num_readable}, but the policy's tokenizer has {_names(unreadable)}. Token-level guidance needs one "
+            f"vocabulary: save the expert with more embeddings (`resize_token_embeddings({1 + max(unreadable.values())})`, in which case it never "
+            "draws these tokens), or leave them out of the policy's tokenizer."
+        )
+
+
+def _others(tokenizer: PreTrainedTokenizerBase, size: int) -> dict[str, int]:
+    """Tokens from id `size` on, but for the one that pads."""
+    vocabulary = tokenizer.get_vocab().items()
+    return {token: index for token, index in vocabulary if index >= size and index != tokenizer.pad_token_id}
+
+
+def _names(tokens: dict[str, int]) -> str:
+    token, index = min(tokens.items(), key=lambda item: item[1])
+    return f"token {token!r} (id {index})" + (f" and {len(tokens) - 1} more" if len(tokens) > 1 else "")

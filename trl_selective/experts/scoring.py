@@ -6,6 +6,7 @@ from contextlib import contextmanager
 import torch
 from jaxtyping import Float, Int
 from torch import Tensor, nn
+from torch.nn.functional import pad
 from torch.nn.utils.rnn import pad_sequence
 
 from trl_selective.sampling.kv import optional_arguments
@@ -92,11 +93,13 @@ def completion_logps(
     Args:
         model, prompt_ids, completion_ids, batch_size: as for `completion_laws`.
         temperature: > 0, divides the logits.
-        vocab_size: ids from here on have no part in the law; None for all of the head.
+        vocab_size: ids from here on have no part in the law, and -inf; None for all of the head.
     """
 
     def read(logits: Tensor, token_ids: Tensor) -> Tensor:
         law = (logits[:, :vocab_size].float() / temperature).log_softmax(-1)
+        if missing := logits.size(-1) - law.size(-1):
+            law = pad(law, (0, missing), value=-torch.inf)
         return law.gather(-1, token_ids.unsqueeze(-1)).squeeze(-1)
 
     return completion_laws(model, prompt_ids, completion_ids, read, batch_size=batch_size)

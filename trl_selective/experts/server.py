@@ -139,10 +139,10 @@ class ExpertServer:
                 f"{self.url} serves {[each.id for each in served]}, but not {self.name!r}. Set expert_model_name_or_path to a name that it serves."
             )
         longest = getattr(model, "max_model_len", None)
-        if longest is not None and longest <= max_completion_length:
+        if longest is not None and longest <= max_completion_length + self.scores:  # which takes one token more
             raise ExpertServerError(
                 f"{self.url} takes texts of {longest} tokens, but completions alone may have max_completion_length={max_completion_length}. "
-                "Start it with a larger `--max-model-len`."
+                "Start it with a larger `--max-model-len`: the longest prompt and completion, and one token more."
             )
         text = _probe(tokenizer, self.vocab_size)
         ours = tokenizer(text, add_special_tokens=False)["input_ids"]

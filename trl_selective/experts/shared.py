@@ -38,6 +38,11 @@ def share_base(
     """
     for config in policy.peft_config.values():
         _check_leaves_base_alone(config, "policy")
+        if config.is_prompt_learning or not hasattr(policy.base_model, "unload"):
+            raise ValueError(
+                f"The policy has a {type(config).__name__} adapter, which cannot be taken off its base. Use an adapter that changes weights, such as "
+                "LoRA, or load the expert as a model of its own: expert_model_shares_base=False."
+            )
     base = _with_same_tensors(policy).unload()
     if trained := [name for name, parameter in base.named_parameters() if parameter.requires_grad]:
         raise ValueError(

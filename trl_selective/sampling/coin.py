@@ -83,6 +83,6 @@ class CoinSampler(GuidedSampler):
             token, weight, policy_logp = (
                 live.recorded(name, at) for name in ("completion_ids", "guidance_weights", "policy_per_token_logps")
             )
-            expert_prob = probability_of(token, self._probs(each, temperature))
+            expert_prob = probability_of(token, self._expert_law(each, temperature))
             mixed = (1 - weight) * policy_logp.exp() + weight * expert_prob
             live.amend("sampling_per_token_logps", at, mixed.log())

@@ -63,7 +63,11 @@ class RemoteCoinSampler(GuidedSampler):
                 f"An expert behind a server gives probabilities at temperature 1 alone, got {temperature}. Use that, or do not have tokens scored."
             )
         rollout = super().sample(prompt_ids, temperature=temperature, **kwargs)
-        return scored(rollout, prompt_ids, self.remote.completion_logps) if self.remote.scores else rollout
+        return (
+            scored(rollout, prompt_ids, self.remote.completion_logps, self.vocab_size)
+            if self.remote.scores
+            else rollout
+        )
 
     def _advance(self, live: LiveRows, entropy_threshold: float, temperature: float) -> None:
         num_rows, positions = len(live), live.positions(1)
@@ -96,6 +100,7 @@ def scored(
     rollout: GuidedRollout,
     prompt_ids: Sequence[Sequence[int]],
     completion_logps: Callable[[Sequence[Sequence[int]], Sequence[Sequence[int]]], list[Tensor]],
+    vocab_size: int,
 ) -> GuidedRollout:
     """A rollout of coins with what the expert thinks of the tokens in it: their log pi_mix, and which of them the expert changed.
 
@@ -103,6 +108,7 @@ def scored(
         rollout: that is not `is_scored`.
         prompt_ids: of its rows.
         completion_logps: log pi* of every token of given completions after given prompts, for rows where w > 0.
+        vocab_size: ids from here on have pi* = 0.
     """
     rows = [row for row, weights in enumerate(rollout.guidance_weights) if any(weights)]
     expert_logps = completion_logps([prompt_ids[row] for row in rows], [rollout.completion_ids[row] for row in rows])
@@ -110,6 +116,7 @@ def scored(
     for row, expert_logp in zip(rows, expert_logps, strict=True):
         weight = torch.tensor(rollout.guidance_weights[row], dtype=torch.float64)
         policy, expert = torch.tensor(mixed[row], dtype=torch.float64).exp(), expert_logp.double().exp()
+        expert *= torch.tensor(rollout.completion_ids[row]) < vocab_size
         mixed[row] = ((1 - weight) * policy + weight * expert).log().tolist()
         is_changed = torch.rand(len(weight), dtype=torch.float64) < 1 - policy / expert
         drawn[row] = (torch.tensor(drawn[row]) & is_changed).tolist()

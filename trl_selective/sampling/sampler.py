@@ -6,6 +6,7 @@ from collections.abc import Collection, Sequence
 import torch
 from jaxtyping import Float, Int
 from torch import Tensor, nn
+from torch.nn.functional import pad
 
 from trl_selective.functional.mixed_policy import WEIGHTINGS, Weighting, token_probs
 from trl_selective.rollout import GuidedRollout
@@ -18,7 +19,7 @@ class GuidedSampler(ABC):
 
     Terms:
         policy, expert: causal language models of one tokenizer. Their heads may be padded to different sizes: distributions are taken over
-            the ids that both have. The caller sets train or eval mode; nothing is changed here.
+            the ids that are tokens. The caller sets train or eval mode; nothing is changed here.
         position: index of a completion token within its row, from 0.
         pending: tokens of a row that neither model has read: the prompt at first, then the last token drawn.
         block: what a model reads in one forward: the pending tokens, and drafts.
@@ -29,7 +30,8 @@ class GuidedSampler(ABC):
         weighting: how w follows from entropy, threshold and `max_weight`: "entropy" (the paper), "hard_gate", "constant", or a function of
             these three.
         max_weight: upper bound of w, in [0, 1].
-        vocab_size: ids from here on are never drawn; None for all that both heads have.
+        vocab_size: ids from here on have pi* = 0, as those that the expert's tokenizer lacks; None for all that both heads have.
+        policy_vocab_size: ids from here on are never drawn; None for `vocab_size`. The expert must be able to read all others.
         pad_token_id: any valid id, for padding.
         first_token_from_expert: draw the first token of every completion from the expert alone, as the paper's released code does.
     """
@@ -42,6 +44,7 @@ class GuidedSampler(ABC):
         weighting: str | Weighting = "entropy",
         max_weight: float = 1.0,
         vocab_size: int | None = None,
+        policy_vocab_size: int | None = None,
         pad_token_id: int = 0,
         first_token_from_expert: bool = False,
     ):
@@ -67,6 +70,7 @@ class GuidedSampler(ABC):
         models = [policy] if expert is None else [policy, expert]
         heads = [model.config.get_text_config().vocab_size for model in models]  # type: ignore[operator, union-attr]
         self.vocab_size = min(*heads, vocab_size or heads[0])
+        self.policy_vocab_size = min(heads[0], max(self.vocab_size, policy_vocab_size or 0))
         self.pad_token_id = pad_token_id
         self.first_token_from_expert = first_token_from_expert
 
@@ -119,8 +123,14 @@ class GuidedSampler(ABC):
         """Draw at least one more token for every live row and commit it."""
 
     def _probs(self, logits: Float[Tensor, "*batch head"], temperature: float) -> Float[Tensor, "*batch vocab"]:
-        """Probabilities over the ids that both heads have."""
-        return token_probs(logits[..., : self.vocab_size], temperature)
+        """The policy's probabilities over the ids that may be drawn."""
+        return token_probs(logits[..., : self.policy_vocab_size], temperature)
+
+    def _expert_law(self, logits: Float[Tensor, "*batch head"], temperature: float) -> Float[Tensor, "*batch vocab"]:
+        """The expert's probabilities over the same ids: 0 where they are none of its own."""
+        law = token_probs(logits[..., : self.vocab_size], temperature)
+        missing = self.policy_vocab_size - self.vocab_size
+        return pad(law, (0, missing)) if missing else law
 
     def _expert_probs(
         self,
@@ -130,8 +140,8 @@ class GuidedSampler(ABC):
     ) -> Float[Tensor, "rows positions vocab"]:
         """The expert's law in guided rows. In the others, which have w = 0, the policy's stands in for it."""
         if len(logits) == len(policy):
-            return self._probs(logits, temperature)
-        return torch.cat([self._probs(logits, temperature), policy[len(logits) :]]) if len(logits) else policy
+            return self._expert_law(logits, temperature)
+        return torch.cat([self._expert_law(logits, temperature), policy[len(logits) :]]) if len(logits) else policy
 
     def _weight(
         self,

@@ -109,9 +109,8 @@ class SpeculativeSampler(GuidedSampler):
         if live.num_guided:
             first = is_replaced[guided].int().argmax(1, keepdim=True)
             rows = torch.arange(live.num_guided, device=first.device)[:, None]
-            policy, expert = (
-                self._probs(logits[rows, first], temperature) for logits in (policy_logits, expert_logits)
-            )
+            policy = self._probs(policy_logits[rows, first], temperature)
+            expert = self._expert_law(expert_logits[rows, first], temperature)
             token = inverse_cdf(residual(policy, expert), live.noise(positions, REPLACE)[guided].gather(1, first))
             for values, replacement in (
                 (tokens, token),
@@ -122,10 +121,10 @@ class SpeculativeSampler(GuidedSampler):
         return is_tested, is_replaced, tokens, policy_prob, expert_prob
 
     def _draft_probs(self, drafts: Tensor, logits: Tensor, temperature: float) -> Tensor:
-        """The probabilities of drafts, of a few at a time: all laws at once would take gigabytes over large vocabularies."""
+        """The expert's probabilities of drafts, of a few at a time: all laws at once would take gigabytes over large vocabularies."""
         num = max(1, MAX_PROBS // max(1, logits[:, 0].numel()))
         parts = zip(drafts.split(num, dim=1), logits.split(num, dim=1), strict=True)
-        return torch.cat([probability_of(part, self._probs(law, temperature)) for part, law in parts], dim=1)
+        return torch.cat([probability_of(part, self._expert_law(law, temperature)) for part, law in parts], dim=1)
 
     def _draft(self, live: LiveRows, num: int, entropy_threshold: float, temperature: float) -> tuple[Tensor, ...]:
         """Drafts for the next `num` positions of each row, and what the expert says there.
