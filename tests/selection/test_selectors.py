@@ -197,6 +197,14 @@ def test_a_fallback_says_who_decides():
     assert (choose(selector, worse, 1)[0].selector, worse.chosen) == ("shortest", [1])
 
 
+@pytest.mark.parametrize("scores", [(1.0,), (1.0, NAN, 2.0), ()])
+def test_scores_that_are_none_are_named(scores):
+    with pytest.raises(
+        ValueError, match=r"The selector 'fixed' returned .* for 3 completions, expected a score for each"
+    ):
+        choose(Fixed(scores), three(), 1)
+
+
 def test_a_selector_of_ones_own_has_the_name_of_its_class():
     class Longest(Selector):
         def scores(self, candidates):

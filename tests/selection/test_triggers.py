@@ -130,6 +130,17 @@ def test_a_trigger_of_ones_own():
     )
 
 
+@pytest.mark.parametrize("says", [torch.tensor([0.0, 1.0]), torch.tensor([True]), [True, False], None])
+def test_what_is_no_answer_is_named(says):
+    class Odd(Trigger):
+        def fires(self, outcomes):
+            return says
+
+    two = {name: GROUPS[name] for name in ("failed", "mixed")}
+    with pytest.raises(ValueError, match=r"The trigger 'Odd' returned .*, expected a tensor of 2 booleans"):
+        Odd()(outcomes(groups=two))
+
+
 def test_a_trigger_as_a_base_says_nothing():
     with pytest.raises(TypeError, match="abstract"):
         Trigger()

@@ -47,7 +47,9 @@ class Panel(NamedTuple):
 # A panel without data is left out.
 PANELS = (
     Panel("reward of the policy", "reward", {"reward": "mean"}),
-    Panel("reward by kind of rollout", "reward", {"guidance/reward/guided": "guided", "guidance/reward/injected": "injected"}),
+    Panel("reward by kind of rollout", "reward", {
+        "guidance/reward/on_policy": "policy", "guidance/reward/guided": "guided", "guidance/reward/injected": "injected",
+    }),
     Panel("groups", "share", {"frac_reward_zero_std": "without signal", "guidance/rescued_groups": "rescued"}),
     Panel("entropy of the policy", "nats", {"entropy": "mean", "guidance/entropy_threshold": "threshold"}),
     Panel("completion length", "tokens", {

@@ -62,11 +62,20 @@ class Pick:
 
 
 def choose(selector: Selector, candidates: Candidates, number: int) -> list[Pick]:
-    """Choose up to `number` completions, one after the other, the first of equals first, none twice. `candidates.chosen` grows with them."""
+    """Choose up to `number` completions, one after the other, the first of equals first, none twice. `candidates.chosen` grows with them.
+
+    Raises:
+        ValueError: if the selector gives other than one score for each.
+    """
     found: list[Pick] = []
     while len(found) < min(number, len(candidates)):
         decided_by = selector.decided_by(candidates)
         scores = selector.scores(candidates)
+        if len(scores) != len(candidates) or any(math.isnan(score) for score in scores):
+            raise ValueError(
+                f"The selector {decided_by!r} returned {scores!r} for {len(candidates)} completions, expected a score for each, -inf for what must "
+                "not be taken."
+            )
         texts = [completion.token_ids for completion in candidates.completions]
         taken = {texts[index] for index in candidates.chosen}
         scores = [NOT_ELIGIBLE if text in taken else score for text, score in zip(texts, scores, strict=True)]

@@ -46,8 +46,17 @@ class Trigger(ABC):
         return type(self).__name__
 
     def __call__(self, outcomes: GroupOutcomes) -> Bool[Tensor, "groups"]:
-        """The groups that it fires for."""
-        return self.fires(outcomes) & outcomes.is_scored
+        """The groups that it fires for.
+
+        Raises:
+            ValueError: if `fires` says something else than yes or no for each group.
+        """
+        fires = self.fires(outcomes)
+        if getattr(fires, "dtype", None) != torch.bool or fires.shape != outcomes.is_scored.shape:
+            raise ValueError(
+                f"The trigger {self.name!r} returned {fires!r}, expected a tensor of {len(outcomes.is_scored)} booleans, one for each group."
+            )
+        return fires & outcomes.is_scored
 
     @abstractmethod
     def fires(self, outcomes: GroupOutcomes) -> Bool[Tensor, "groups"]:
