@@ -249,11 +249,20 @@ def test_other_vocabularies(tokenizer):
     larger = AutoTokenizer.from_pretrained(POLICY)
     larger.add_tokens(["<more>"])
     with grid_endpoint() as endpoint:
-        # told of both tokenizers, it asks for the tokens of both alone
-        assert connect(endpoint, larger, expert_tokenizer=tokenizer).vocab_size == len(tokenizer)
+        with (
+            pytest.warns(UserWarning, match=r"The expert's tokenizer has no token '<more>' \(id 45\)"),
+            pytest.raises(
+                ExpertServerError, match=r"BadRequestError: .*out-of-vocab token ids"
+            ),  # it cannot read it either
+        ):
+            connect(endpoint, larger, expert_tokenizer=tokenizer)
         endpoint.encode = lambda text: larger(text).input_ids
         with pytest.raises(ExpertServerError, match=r"BadRequestError: .*out-of-vocab token ids"):
             connect(endpoint, larger)
+        endpoint.encode = lambda text: tokenizer(text).input_ids
+        endpoint.model.resize_token_embeddings(len(larger))
+        with pytest.warns(UserWarning, match="the expert never draws them"):
+            assert connect(endpoint, larger, expert_tokenizer=tokenizer).vocab_size == len(tokenizer)
         other = AutoTokenizer.from_pretrained(POLICY)
         swapped = {token: index ^ 1 for token, index in other.get_vocab().items()}
         other.get_vocab = lambda: swapped

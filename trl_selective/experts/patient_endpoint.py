@@ -17,7 +17,8 @@ REQUEST_TIMEOUT, LAST_TIMEOUT = 60.0, 0.1  # seconds for an answer; and just bef
 FIRST_PAUSE, LONGEST_PAUSE = 0.1, 10.0  # seconds between tries
 MAY_PASS = (408, 409, 429)  # of the HTTP statuses below 500
 WAYS_OUT = {
-    400: "If the text is too long for it, start it with a larger `--max-model-len`: the longest prompt and completion, and one token more.",
+    400: "If the text is too long for it, start it with a larger `--max-model-len`: the longest prompt and completion, and one token more. If it does "
+    "not know a token, serve an expert that has embeddings for all tokens of the policy.",
     401: "Put its key into the environment variable OPENAI_API_KEY.",
     403: "Put its key into the environment variable OPENAI_API_KEY.",
     404: "Expected an endpoint for completions, as `vllm serve` has one (one for chats alone will not do); its address often ends in /v1.",

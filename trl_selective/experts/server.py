@@ -154,6 +154,9 @@ class ExpertServer:
             )
         last = {str(self.vocab_size - 1): 0.0}  # a bias that changes nothing, but for a token that must be there
         self.endpoint.ask_all([partial(self._draw, ours, 0, temperature, logit_bias=last)])
+        read_too = max(tokenizer.get_vocab().values())  # which the policy alone draws
+        if read_too >= self.vocab_size and read_too != tokenizer.pad_token_id:
+            self.endpoint.ask_all([partial(self._draw, [*ours, read_too], 0, temperature)])
 
 
 def connect_expert(
