@@ -96,11 +96,13 @@ def test_rollouts_that_are_all_right():
 
 
 def test_a_negative_weight_may_put_half_of_the_span_out_of_reach():
-    """Of 1 and -1 the span is 2, and the best total 1."""
+    """Of 1 and -1 the span is 2, and 1 - 1 is not above 1; of 1 and -0.25, 0.75 is above 0.625."""
     rewards, weights = [[1.0, 0.0], [0.0, 1.0]], (1.0, -1.0)
     (message,) = problems(rewards, weights=weights).values()
-    assert message.startswith("reward_weights=[1.0, -1.0] has negative ones")
+    assert "may have no more than 0 though it is right: it counts as correct above half of reward_range, 1." in message
     assert problems(rewards, weights=weights, correctness_reward="format") == {}
+    assert problems(rewards, weights=(1.0, -0.25)) == {}
+    assert set(problems(rewards, weights=(1.0, -0.25), reward_range=1.6)) == {"reward_range", "correctness_reward"}
 
 
 def test_two_functions_of_one_name_cannot_be_told_apart():

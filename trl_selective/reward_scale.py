@@ -73,14 +73,11 @@ class RewardScale:
             problems["reward_range"] = _unit_problem(rewards_per_func, self.weights, self.names)
         elif self.reward_range is not None and is_by_total:
             problems["reward_range"] = _range_problem(rewards, self.reward_range)
-        if is_by_total and (self.weights < 0).any():
-            problems["correctness_reward"] = (
-                f"reward_weights={self.weights.tolist()} has negative ones: a total reward above half of reward_range, which makes a rollout correct, may be "
-                "out of reach. Set correctness_reward to the function that tells right from wrong."
-            )
-        elif is_by_total:
+        if is_by_total:
             verdicts = self.is_correct(rewards_per_func, self.span(rewards_per_func))
-            problems["correctness_reward"] = _verdict_problem(rewards, verdicts, self.names)
+            problems["correctness_reward"] = _penalty_problem(self.weights, self.reward_range) or _verdict_problem(
+                rewards, verdicts, self.names
+            )
         return {setting: problem for setting, problem in problems.items() if problem}
 
 
@@ -134,6 +131,18 @@ def _range_problem(rewards: Tensor, reward_range: float) -> str | None:
         f"A rollout has the total reward {outside[0].item():g}, but those with more than half of reward_range={reward_range:g} are taken to be "
         "correct, as if rewards lay between 0 and it. Set reward_range to their span; and where they do not begin at 0, correctness_reward to the "
         "function that tells right from wrong."
+    )
+
+
+def _penalty_problem(reward_weights: Tensor, reward_range: float | None) -> str | None:
+    """What speaks against the verdict "correct" where weights are negative, if anything does: what is right in all, and penalised in all, is wrong."""
+    gain, penalty = reward_weights.clamp(min=0).sum().item(), reward_weights.clamp(max=0).abs().sum().item()
+    bound = (gain + penalty if reward_range is None else reward_range) / 2
+    if not penalty or gain - penalty > bound:
+        return None
+    return (
+        f"reward_weights has negative ones, so that a rollout may have no more than {gain - penalty:g} though it is right: it counts as correct above "
+        f"half of reward_range, {bound:g}. Set correctness_reward to the function that tells right from wrong."
     )
 
 
