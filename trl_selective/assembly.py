@@ -120,9 +120,8 @@ def make_expert(
     if args.expert_model_shares_base:
         adapter = expert_model or None
         expert = load_expert(share_base(policy, adapter, revision=revision), accelerator.device)
-        expert = accelerator.prepare_model(
-            expert, evaluation_mode=True
-        )  # in the precision that the policy computes in
+        # In the precision that the policy computes in.
+        expert = accelerator.prepare_model(expert, evaluation_mode=True)
         if expert_tokenizer is None and adapter is not None:
             expert_tokenizer = load_adapter_tokenizer(adapter, revision=revision, trust_remote_code=trust_remote_code)
     else:
