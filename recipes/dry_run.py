@@ -14,7 +14,7 @@ from typing import Any
 import torch
 import yaml
 from datasets import Dataset
-from selective_grpo import LOADERS, RecipeArguments, choose_split, load_rewards, load_splits
+from selective_grpo import RecipeArguments, choose_split, load_rewards, load_splits
 from transformers import AutoConfig, PreTrainedConfig
 from trl import ModelConfig, get_peft_config
 
@@ -35,6 +35,7 @@ from trl_selective.reward_scale import check_correctness_reward
 
 ARCHITECTURES = Path(__file__).with_name("architectures.yaml")
 PROMPT_TOKENS = 1024  # the paper's limit of prompts
+NOT_CHECKED = "is not on this machine"
 DEVICE_GIB = 80  # where there is no accelerator to ask
 DTYPE_BYTES = {"float32": 4, "auto": 2, "bfloat16": 2, "float16": 2}
 OPTIMIZER_VALUES = {
@@ -66,14 +67,16 @@ def dry_run(arguments: RecipeArguments, args: SelectiveGuidanceGRPOConfig, model
     rewards = load_rewards(arguments, args)
     check_rewards(arguments, args, rewards)
     num_processes = arguments.num_processes or 1
+    found = data(arguments, args, rewards)
     parts = [
         "Dry run: nothing is loaded or written.",
         f"settings: {settings(args)}",
         f"batches: {batches(args, num_processes)}",
         f"alpha: {alpha(args)}",
         f"rewards: {', '.join(arguments.reward_funcs)}, weights {args.reward_weights or 'all 1'}",
-        f"data: {data(arguments, args, rewards)}",
+        f"data: {found}",
         *memory(args, model, num_processes, arguments.memory_gib or device_gib()),
+        *([f"The data was not checked: {found}."] if found.endswith(NOT_CHECKED) else []),
     ]
     return "\n".join(parts)
 
@@ -149,10 +152,8 @@ def data(arguments: RecipeArguments, args: SelectiveGuidanceGRPOConfig, rewards:
     """
     if arguments.dataset_name is None:
         raise ValueError("dataset_name is not set: give a Hub id, a file or a folder.")
-    if not Path(arguments.dataset_name).exists() and Path(arguments.dataset_name).suffix in LOADERS:
-        raise ValueError(f"dataset_name: there is no file {arguments.dataset_name!r}.")
     if not Path(arguments.dataset_name).exists():
-        return f"{arguments.dataset_name} is not on this machine: not checked"
+        return f"{arguments.dataset_name} {NOT_CHECKED}"
     rows = choose_split(load_splits(arguments), arguments.dataset_train_split, "dataset_train_split")
     for name, reward in zip(arguments.reward_funcs, rewards, strict=True):
         if missing := [column for column in columns_of(reward) if column not in rows.column_names]:

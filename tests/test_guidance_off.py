@@ -73,7 +73,7 @@ def test_at_alpha_0_it_is_grpo_too_and_the_expert_is_not_called(tmp_path, monkey
     )
     assert trainers
     for entry in ours[0]:
-        assert entry.pop("guidance/coef", 0.0) == 0.0
+        assert entry.pop("guidance/coef", 0.0) == entry.pop("guidance/rows", 0.0) == 0.0
     assert_same_run(ours, theirs)
 
 

@@ -707,8 +707,11 @@ def test_one_function_may_decide_what_is_right(tmp_path, correctness_reward, sha
     def layout(completions, **kwargs):
         return [1.0] * len(completions)
 
+    def style(completions, **kwargs):
+        return layout(completions)
+
     trainer = trained(
-        tmp_path, reward_funcs=[accuracy, layout, layout], correctness_reward=correctness_reward, max_steps=1
+        tmp_path, reward_funcs=[accuracy, layout, style], correctness_reward=correctness_reward, max_steps=1
     )
     assert trainer.batches[0].injection.fired == {"group_failed": share}
 
