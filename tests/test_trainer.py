@@ -569,6 +569,16 @@ def test_models_with_images_are_refused(tmp_path):
         trainer._check_run()
 
 
+def test_a_fused_loss_is_refused(tmp_path):
+    """As TRL < 1.15 has it with Liger."""
+    trainer = make_trainer(tmp_path)
+    trainer.use_liger_kernel = True
+    with pytest.raises(
+        ValueError, match=r"use_liger_kernel=True fuses the loss.*Set it to False, or update TRL to 1\.16"
+    ):
+        trainer._check_run()
+
+
 def test_a_cache_that_cannot_take_tokens_back_will_do_for_single_steps(tmp_path):
     config = Qwen2Config(vocab_size=45, hidden_size=16, intermediate_size=16, num_hidden_layers=2, num_attention_heads=2,
                          num_key_value_heads=1, use_sliding_window=True, sliding_window=8, max_window_layers=0,

@@ -224,6 +224,13 @@ class SelectiveGuidanceGRPOTrainer(GRPOTrainer):
                 raise ValueError(
                     f"{setting} > 0 needs a text model, got a processor with images. Set it to 0 to train this model."
                 )
+            if getattr(
+                self, "use_liger_kernel", False
+            ):  # of TRL < 1.15, whose fused loss never asks for log-probabilities
+                raise ValueError(
+                    f"use_liger_kernel=True fuses the loss in this version of TRL, so that {setting} > 0 cannot see its log-probabilities. Set it to "
+                    "False, or update TRL to 1.16."
+                )
             check_gathers(self.accelerator, self.args.ds3_gather_for_generation, f"{setting} > 0")
             check_second_models(self.accelerator, self.args)
         if self._settings_in_use():
