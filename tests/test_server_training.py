@@ -224,7 +224,8 @@ from tests.test_server_training import server_trainer, NAME
 class Place: url = sys.argv[2]
 trainer = server_trainer(sys.argv[1], Place, max_steps=2, guidance_weighting="constant", per_device_train_batch_size=8)
 trainer.train()
-print("asked", sum(trainer.state.log_history[i]["guidance/expert_forwards_per_token"] for i in (0, 1)), flush=True)
+asked = sum(trainer.state.log_history[i]["guidance/expert_forwards_per_token"] for i in (0, 1))
+print(f"asked {asked}\\n", end="", flush=True)  # in one piece, though both write to one pipe
 """
 
 
