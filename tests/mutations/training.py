@@ -28,7 +28,6 @@ TRAINING = [
     ),
     *mutations(
         "trainer.py",
-        ("if self.num_guided_generations and coef > 0 else None", "if self.num_guided_generations else None", "guided rows after alpha has ended"),
         ("(self.state.max_steps)(self.state.global_step)", "(self.state.max_steps)(0)", "alpha never falls"),
         tests=("test_trainer.py::test_alpha_ends_guidance",),
     ),
@@ -154,6 +153,16 @@ TRAINING = [
         "assembly.py",
         ("token != tokenizer.eos_token_id", "token == tokenizer.eos_token_id", "another end token is appended"),
         tests=("test_injected_training.py::test_the_tokenizers_own_end_token_is_appended",),
+    ),
+    *mutations(
+        "trainer.py",
+        ("if self.num_guided_generations and coef > 0 else None", "if self.num_guided_generations else None", "rows count as guided after alpha has ended"),
+        tests=("reporting/test_card.py::test_shares_of_rollouts_count_every_batch",),
+    ),
+    *mutations(
+        "trainer.py",
+        ("if coef == 0 or not (num_guided", "if not (num_guided", "completions come in after alpha has ended"),
+        tests=("test_injected_training.py::test_alpha_ends_injection",),
     ),
     *mutations(
         "trainer.py",
