@@ -55,7 +55,9 @@ def test_rows_by_themselves_have_the_span_of_their_group():
 
 
 def problems(rewards, divides=True, **settings) -> dict[str, str]:
-    return scale(**settings).problems(torch.tensor(rewards), divides=divides)
+    own, given = scale(**settings), torch.tensor(rewards)
+    verdicts = own.is_correct(given, own.span(given))
+    return own.problems(given, own.totals(given), verdicts, divides=divides)
 
 
 def test_rewards_that_fit():

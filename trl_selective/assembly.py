@@ -157,6 +157,7 @@ def make_local_sampler(
     """The sampler of a policy in this process, which shares the first `vocab_size` ids with the expert."""
     if args.mixture_policy == "initial":
         policy = with_own_forwards(copy.deepcopy(policy)).requires_grad_(False).eval().to(accelerator.device)
+    num_drawable = drawable(tokenizer, expert)
     return make_sampler(
         args.guided_sampler,
         policy,
@@ -166,8 +167,8 @@ def make_local_sampler(
         weighting=args.guidance_weighting,
         max_weight=args.guidance_weight_max,
         vocab_size=vocab_size,
-        policy_vocab_size=drawable(tokenizer, expert),
-        pad_token_id=padding(tokenizer, expert),
+        policy_vocab_size=num_drawable,
+        pad_token_id=padding(tokenizer, num_drawable),
         first_token_from_expert=args.first_token_from_expert,
     )
 
@@ -178,10 +179,9 @@ def drawable(tokenizer: PreTrainedTokenizerBase, expert: Expert | ExpertServer) 
     return known if isinstance(expert, ExpertServer) else min(known, expert.config.get_text_config().vocab_size)
 
 
-def padding(tokenizer: PreTrainedTokenizerBase, expert: Expert | ExpertServer) -> int:
+def padding(tokenizer: PreTrainedTokenizerBase, num_drawable: int) -> int:
     """An id to pad with that both models can read: what is masked out is read all the same."""
-    pad_token_id = tokenizer.pad_token_id
-    return pad_token_id if pad_token_id < drawable(tokenizer, expert) else 0
+    return tokenizer.pad_token_id if tokenizer.pad_token_id < num_drawable else 0
 
 
 def make_vllm_sampler(
@@ -200,15 +200,16 @@ def make_vllm_sampler(
     else:
         engine = ServedEngine(args.vllm_server_base_url or f"http://{args.vllm_server_host}:{args.vllm_server_port}")
     head_size = policy.config.get_text_config().vocab_size
-    num_drawable = min(head_size, drawable(tokenizer, expert))
-    sentinel = choose_sentinel(head_size, num_drawable, tokenizer, eos_token_ids)
+    num_drawable = drawable(tokenizer, expert)
+    vocab_size_of_coin = min(head_size, num_drawable)
+    sentinel = choose_sentinel(head_size, vocab_size_of_coin, tokenizer, eos_token_ids)
     return VllmCoinSampler(
         engine,
         policy,
         expert,
-        Coin(args.guidance_weighting, 0.0, float(args.guidance_weight_max), num_drawable, sentinel),
+        Coin(args.guidance_weighting, 0.0, float(args.guidance_weight_max), vocab_size_of_coin, sentinel),
         expert_vocab_size=vocab_size,
-        pad_token_id=padding(tokenizer, expert),
+        pad_token_id=padding(tokenizer, num_drawable),
         first_token_from_expert=args.first_token_from_expert,
     )
 

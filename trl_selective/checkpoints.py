@@ -82,12 +82,12 @@ def way_on(output_dir: str, step: int, *, since: float, resumed_from: str | None
         since: when it began, seconds as of `time.time`: it has written no checkpoint before.
         resumed_from: the one that it began with.
     """
-    own = [
+    own = (
         path
         for path in _checkpoints(Path(output_dir))
         if damage(path) is None and (path / TRAINER_STATE).stat().st_mtime >= since
-    ]
-    last = own[0] if own else resumed_from
+    )
+    last = next(own, resumed_from)
     start = (
         f"from its last checkpoint, with resume_from_checkpoint={str(last)!r}"
         if last

@@ -60,21 +60,28 @@ class RewardScale:
         deciding = self.names.index(self.correctness_reward)
         return is_correct(rewards, span, rewards_per_func[:, deciding].view_as(rewards))
 
-    def problems(self, rewards_per_func: Float[Tensor, "rows funcs"], *, divides: bool) -> dict[str, str]:
+    def problems(
+        self,
+        rewards_per_func: Float[Tensor, "rows funcs"],
+        rewards: Float[Tensor, "groups generations"],
+        verdicts: Bool[Tensor, "groups generations"],
+        *,
+        divides: bool,
+    ) -> dict[str, str]:
         """What does not fit in the rewards of a batch, by the setting that would mend it.
 
         Args:
             rewards_per_func: of whole groups.
+            rewards, verdicts: their `totals`, and what `is_correct` says of them.
             divides: whether an advantage is divided by the span.
         """
-        rewards, is_by_total = self.totals(rewards_per_func), self.correctness_reward is None
+        is_by_total = self.correctness_reward is None
         problems = {}
         if self.reward_range is None and (divides or is_by_total):
             problems["reward_range"] = _unit_problem(rewards_per_func, self.weights, self.names)
         elif self.reward_range is not None and is_by_total:
             problems["reward_range"] = _range_problem(rewards, self.reward_range)
         if is_by_total:
-            verdicts = self.is_correct(rewards_per_func, self.span(rewards_per_func))
             problems["correctness_reward"] = _penalty_problem(self.weights, self.reward_range) or _verdict_problem(
                 rewards, verdicts, self.names
             )

@@ -663,7 +663,7 @@ class SelectiveGuidanceGRPOTrainer(GRPOTrainer):
             self._logs["advantages"].extend(advantages.tolist())  # as many as the deque holds
         verdicts = [self._reward_scale.is_correct(each, reward_range) for each in (before, now)]
         divides = bool(batch.num_guided) or self.args.injection_advantage == "positive_excess"
-        for setting, problem in self._reward_scale.problems(before, divides=divides).items():
+        for setting, problem in self._reward_scale.problems(before, sampled, verdicts[0], divides=divides).items():
             self._warn_once(setting, problem)
         self._log_batch(batch, sampled, rewards, is_guided, is_injected, verdicts, reward_range)
         return output

@@ -2,7 +2,6 @@
 
 import contextlib
 import json
-import os
 import random
 import time
 import traceback
@@ -24,6 +23,7 @@ from trl_selective.experts import LocalSource, accelerator_or_cpu, collect
 from trl_selective.experts import Sampling as ExpertSampling
 from trl_selective.functional.schedules import cosine
 from trl_selective.grading import Verifier
+from trl_selective.resuming import write_whole
 
 OWN_SETTINGS = (
     "method",
@@ -160,11 +160,8 @@ def _final(model, tokenizer, task: Task, problems: list[Problem], protocol: dict
 
 
 def _write(path: Path, result: dict) -> None:
-    """All of it, or nothing."""
     path.parent.mkdir(parents=True, exist_ok=True)
-    unfinished = path.with_suffix(".unfinished")
-    unfinished.write_text(json.dumps(result, separators=(",", ":")))
-    os.replace(unfinished, path)
+    write_whole(path, json.dumps(result, separators=(",", ":")))
 
 
 class Meter(TrainerCallback):

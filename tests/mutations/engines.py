@@ -23,7 +23,7 @@ ENGINES = [
         ("weight[0] = 1.0", "weight[0] = weight[0]", "the first token has no weight of 1"),
         ("token_probs(coin.restrict(logits)", "token_probs(logits", "ids that are no tokens are in the record"),
         ("self.engine.max_model_len - len(ids)", "self.engine.max_model_len", "texts longer than the engine's context"),
-        ('"vocab_size": self.expert_vocab_size', '"vocab_size": None', "the expert is scored with the padding of its head"),
+        ("temperature=temperature, vocab_size=self.expert_vocab_size", "temperature=temperature, vocab_size=None", "the expert is scored with the padding of its head"),
         ("vocab_size=self.expert_vocab_size,\n                pad", "vocab_size=self.coin.vocab_size,\n                pad", "the expert draws tokens that it has not"),
         ("self.engine.abort()", "...", "requests stay in the engine after an error"),
         ("{*self.eos_token_ids, self.coin.sentinel}", "{self.coin.sentinel}", "the policy does not end"),

@@ -5,7 +5,6 @@ from collections.abc import Callable, Collection, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
 from functools import partial
-from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -153,8 +152,9 @@ class VllmCoinSampler:
             is_scored=False,
         )
         if isinstance(self.expert, nn.Module):
-            settings: dict[str, Any] = {"temperature": temperature, "vocab_size": self.expert_vocab_size}
-            score: Callable = partial(completion_logps, self.expert, **settings)
+            score: Callable = partial(
+                completion_logps, self.expert, temperature=temperature, vocab_size=self.expert_vocab_size
+            )
         elif self.expert.scores:
             score = self.expert.completion_logps
         else:

@@ -72,11 +72,11 @@ class PassAtKCallback(TrainerCallback):
             "seed": seed,
             "correct_above": correct_above,
             "answer_key": answer_key,
-        }
-        template = getattr(trainer, "chat_template", None)
-        self.settings["chat_template_kwargs"] = {
-            **({} if template is None else {"chat_template": template}),
-            **(getattr(trainer, "chat_template_kwargs", None) or {}),
+            # None: the tokenizer's own template.
+            "chat_template_kwargs": {
+                "chat_template": getattr(trainer, "chat_template", None),
+                **getattr(trainer, "chat_template_kwargs", {}),
+            },
         }
 
     def on_train_begin(self, args, state, control, **kwargs):
