@@ -23,7 +23,7 @@ class ExpertAnswers:
     def __init__(self):
         self.model = AutoModelForCausalLM.from_pretrained(EXPERT)
         self.tokenizer = AutoTokenizer.from_pretrained(EXPERT)
-        self.ends = end_token_ids(self.model, self.tokenizer)
+        self.ends = end_token_ids(self.model.generation_config, self.tokenizer)
 
     def __call__(self, prompt: str, seed: int, length: int, temperature: float) -> tuple[str, str]:
         """An answer, and why it ended."""

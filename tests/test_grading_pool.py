@@ -26,6 +26,10 @@ def by_word(completions, solution, **columns):
         ctypes.string_at(0)
     if text == "raise":
         raise KeyError("a bug")
+    if text == "two":
+        return [1.0, 1.0]
+    if text == "large":
+        return [1e39]
     if text == "print":
         print("this must not get between the answers")
         os.write(1, b"nor this")
@@ -101,6 +105,15 @@ def test_a_bug_of_the_function_reaches_the_user(by_word):
         pytest.raises(RuntimeError, match=r"(?s)rewards_by_word.by_word failed:.*KeyError: 'a bug'"),
     ):
         pool.grade(calls("4", "raise"))
+
+
+@pytest.mark.parametrize(
+    ("answer", "refusal"),
+    [("two", "returned 2 rewards for 1 completions"), ("large", "returned 1e[+]39 for completion 0")],
+)
+def test_what_a_function_returns_is_checked_as_without_a_limit(by_word, answer, refusal):
+    with GradingPool(by_word, timeout=5, num_workers=1) as pool, pytest.raises(RuntimeError, match=refusal):
+        pool.grade(calls(answer))
 
 
 def test_a_module_that_other_processes_cannot_import(tmp_path, monkeypatch):

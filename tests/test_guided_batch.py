@@ -121,12 +121,21 @@ def test_a_row_that_an_expert_completion_replaced_may_be_longer_than_all_that_st
 
 def test_each_process_finds_its_own_injected_rows():
     rows = [3, 7, 8, None, 21]
-    choices = [Choice(0, ExpertCompletion((2, 1)), "first", float(row or 0), row=row) for row in rows]
+    choices = [Choice(0, ExpertCompletion((2, 1)), "first", float(row or 0), [], row=row) for row in rows]
     injection = Injection(choices, effects=[], fired={}, num_read=5, num_overlong=0)
     batch = make_batch(num_generations=4, num_rows=8, injection=injection)
     # 8 rows each: 3 and 7 of the first process, 8 of the second, 21 of the third; one choice stays out
     found = [batch.injected(process_index) for process_index in range(4)]
     assert found == [{3: choices[0], 7: choices[1]}, {0: choices[2]}, {5: choices[4]}, {}]
+
+
+def test_rewards_of_injected_completions_take_the_places_of_those_that_they_replace():
+    sampled = torch.tensor([[0.0, 1.0], [0.5, 0.5], [1.0, 0.0]])
+    batch = make_batch(sampled_rewards_per_func=sampled.clone())
+    choices = [Choice(0, ExpertCompletion((2,)), "first", 0.0, [2.0, 3.0], row=row) for row in (1, None)]
+    batch.inject(Injection(choices, effects=[], fired={}, num_read=2, num_overlong=0))
+    torch.testing.assert_close(batch.rewards_per_func, torch.tensor([[0.0, 1.0], [2.0, 3.0], [1.0, 0.0]]))
+    torch.testing.assert_close(batch.sampled_rewards_per_func, sampled)
 
 
 def test_before_anything_is_injected_there_are_no_injected_rows():

@@ -56,7 +56,7 @@ def make_injector(trigger: Trigger | None = None, selector: str = "first", **cha
         logprobs_column=None,
         sources_column=None,
         overlong="drop",
-        needs_logprobs=False,
+        needs_logps=False,
         render=lambda messages, add_generation_prompt: "",
     )
     return Injector(reader, trigger or GroupFailed(), make_selector(selector), **{**settings, **changes})

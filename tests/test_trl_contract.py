@@ -49,8 +49,8 @@ def test_the_hook_that_is_bound_by_name():
 
 def test_every_override_exists_in_trl():
     """A hook that TRL renames would be a method that nobody calls."""
-    own = {"_settings_in_use", "_check_run", "_set_up_expert", "_set_up_guidance", "_coins_in_the_engine", "_set_up_injection", "_render",
-           "_sum_over_processes", "_plan_batch", "_entropy_threshold", "_guidance_coef", "_can_sample_together", "_sample_guided", "whole_policy", "_expert_at_hand", "_inject",
+    own = {"_check_run", "_set_up_expert", "_set_up_guidance", "_coins_in_the_engine", "_set_up_injection", "_render",
+           "_sum_over_processes", "_plan_batch", "_entropy_threshold", "_guidance_coef", "_can_sample_together", "_sample_guided", "whole_policy", "_expert_at_hand", "_inject", "_sampled_batch", "_warn_of_overlong",
            "_score_completions", "_expert_logps", "_decode", "_policy_logps", "_log_last_injected", "_behaviour_logps", "_log_columns",
            "_rewards", "_warn_once", "_was_guided", "_apply_guidance", "_label_rows", "_log_batch",
            "_rollout_metrics", "_injection_metrics", "_batch_as_logged", "_training_run", "_save_picture"}  # fmt: skip

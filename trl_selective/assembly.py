@@ -30,7 +30,6 @@ from trl_selective.experts import (
     share_base,
     with_own_forwards,
 )
-from trl_selective.functional.importance import TRUNCATED
 from trl_selective.injection import Injector
 from trl_selective.sampling import GuidedSampler, make_sampler
 from trl_selective.selection import Selector, Trigger, make_selector, make_trigger
@@ -60,7 +59,7 @@ def needs_expert(args: TrainingArguments, arguments: dict[str, Any], expert_mode
     if getattr(args, "num_guided_generations", 0):
         check("num_guided_generations > 0", "set num_guided_generations=0 for plain GRPO")
         return True
-    if getattr(args, "num_injected_completions", 0) and args.injection_correction in TRUNCATED:
+    if getattr(args, "injection_needs_expert_logps", False):
         if is_given or args.expert_logprobs_column is None:
             check(
                 f"injection_correction={args.injection_correction!r} without an expert_logprobs_column",
@@ -221,7 +220,7 @@ def make_injector(
     tokenizer: PreTrainedTokenizerBase,
     eos_token_ids: Collection[int],
     *,
-    needs_logprobs: bool,
+    needs_logps: bool,
     render: Callable[[Sequence[Mapping], bool], str],
     probability: Callable[[float], float],
     reward_weights: Float[Tensor, "funcs"],
@@ -233,7 +232,7 @@ def make_injector(
         trigger, selector: of the user's own, in place of those that `args` names.
         tokenizer: the policy's.
         eos_token_ids: that end a completion; the tokenizer's own is appended if it is one of them.
-        needs_logprobs, render: as for `CompletionReader`.
+        needs_logps, render: as for `CompletionReader`.
         probability: of the trigger "with_probability", at a step.
         reward_weights: on the CPU.
 
@@ -254,7 +253,7 @@ def make_injector(
         logprobs_column=args.expert_logprobs_column,
         sources_column=args.expert_sources_column,
         overlong=args.overlong_expert_completions,
-        needs_logprobs=needs_logprobs,
+        needs_logps=needs_logps,
         render=render,
     )
     return Injector(

@@ -97,7 +97,7 @@ def way_on(output_dir: str, step: int, *, since: float, resumed_from: str | None
 
 
 def _checkpoints(output_dir: Path) -> list[Path]:
-    """The last one first."""
+    """The numbered checkpoints, the last one first."""
     numbered = {
         int(number): path
         for path in output_dir.glob("checkpoint-*")

@@ -47,13 +47,12 @@ def check_arguments(arguments: dict[str, Any], settings: list[str]) -> None:
     Raises:
         ValueError: if something else than the trainer generates.
     """
-    for setting in settings:
-        for name in ("tools", "rollout_func", "environment_factory"):
-            if arguments.get(name):
-                raise ValueError(
-                    f"`{name}` cannot be combined with {setting} > 0: guided rollouts and expert completions are single answers, with which "
-                    f"the trainer fills a group itself. Drop `{name}` or set {setting}=0."
-                )
+    for name in ("tools", "rollout_func", "environment_factory"):
+        if settings and arguments.get(name):
+            raise ValueError(
+                f"`{name}` cannot be combined with {settings[0]} > 0: guided rollouts and expert completions are single answers, with which "
+                f"the trainer fills a group itself. Drop `{name}` or set {settings[0]}=0."
+            )
 
 
 def check_expert_argument(arguments: dict[str, Any], expert_model: Any, need: str, way_out: str) -> None:

@@ -4,8 +4,6 @@ import math
 from typing import Any
 from urllib.parse import SplitResult, urlsplit
 
-from trl_selective.functional.importance import TRUNCATED
-
 
 def check_combinations(args: Any) -> None:
     """Refuse combinations of settings with which nothing can be guided.
@@ -167,7 +165,7 @@ def _check_server(args: Any) -> None:
         )
     corrections = {
         "guided_importance_correction": args.num_guided_generations and args.guided_importance_correction != "none",
-        "injection_correction": args.num_injected_completions and args.injection_correction in TRUNCATED,
+        "injection_correction": args.injection_needs_expert_logps,
     }
     for name, needs_probabilities in corrections.items():
         if needs_probabilities and args.temperature != 1:

@@ -438,7 +438,7 @@ class SelectiveGuidanceGRPOConfig(GRPOConfig):
         drafts = {"draft_length", "max_draft_length"}
         coef, steps, correction = self.guidance_coef, self.guidance_steps, self.injection_correction
         first_alpha = self.guidance_coef_schedule(self.max_steps if self.max_steps > 0 else sys.maxsize)(0)
-        takes_ratio = injected and correction in TRUNCATED
+        takes_ratio = self.injection_needs_expert_logps
         by_server = self.expert_model_server_url is not None
         trigger = self.injection_trigger
         of_trigger = {
@@ -492,7 +492,7 @@ class SelectiveGuidanceGRPOConfig(GRPOConfig):
                 guided,
                 self.num_guided_generations and guided != "none" and not is_bounded,
             ),
-            "injection_correction": (injected, self.num_injected_completions and injected in TRUNCATED),
+            "injection_correction": (injected, self.injection_needs_expert_logps),
         }
         for name, (correction, is_used) in used.items():
             if is_used and math.isinf(self.importance_ratio_max):
@@ -501,6 +501,11 @@ class SelectiveGuidanceGRPOConfig(GRPOConfig):
                     "Set importance_ratio_max, such as 10.0.",
                     stacklevel=4,
                 )
+
+    @property
+    def injection_needs_expert_logps(self) -> bool:
+        """Whether expert completions are weighted by a ratio to the probability that the expert gave them."""
+        return self.num_injected_completions > 0 and self.injection_correction in TRUNCATED
 
     def in_effect(self) -> dict[str, Any]:
         """The settings of guidance that are set and do something, in their order."""
@@ -511,7 +516,7 @@ class SelectiveGuidanceGRPOConfig(GRPOConfig):
         }
 
     def preset_in_words(self) -> str:
-        """What a preset has set, and what its paper has beside it that is otherwise here."""
+        """The settings of the preset, and what its paper sets otherwise than this run in TRL's own fields."""
         settings = ", ".join(f"{name}={value!r}" for name, value in self.in_effect().items())
         theirs = {name: value for name, value in BESIDE.get(self.preset, {}).items() if getattr(self, name) != value}
         beside = "".join(

@@ -1,4 +1,4 @@
-"""Was it right? Reward functions, called as TRL calls them, and what they may return."""
+"""Was it right? Reward functions, called as TRL calls them."""
 
 import math
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -8,11 +8,9 @@ from typing import Any
 import torch
 
 from trl_selective.functional.advantages import total_reward
-from trl_selective.reward_calls import call_reward
+from trl_selective.reward_calls import call_reward, check_rewards
 
 OWN_COLUMNS = ("prompt", "completion", "completion_ids")  # which TRL does not pass on from the dataset
-LARGEST = torch.finfo(torch.float32).max  # what becomes of rewards
-PREVIEW = 60  # characters of a value in a message
 
 Conversation = Sequence[Mapping[str, Any]]
 
@@ -56,45 +54,8 @@ def grade(
     return check_rewards(rewards, texts, reward_func.__name__)
 
 
-def check_rewards(
-    rewards: Any, completions: Sequence[Any], name: str
-) -> list[Any]:  # a closer type would be checked with random numbers
-    """What a reward function returned, as a list of numbers and None. NaN is refused: TRL could not tell it from None, and a 0 / 0 would pass for a row that was
-    left out on purpose.
-
-    Args:
-        rewards: whatever it returned.
-        completions: which it was asked about.
-        name: of the function.
-
-    Raises:
-        ValueError: naming the function and the completion.
-    """
-    is_list = (
-        hasattr(rewards, "__iter__") and getattr(rewards, "ndim", 1) > 0 and not isinstance(rewards, (str, Mapping))
-    )
-    if not is_list:
-        raise ValueError(
-            f"The reward function {name!r} returned {preview(rewards)} of type {type(rewards).__name__} for {len(completions)} completions. "
-            "Have it return a list with a number for each, None where it does not apply."
-        )
-    rewards = list(rewards)
-    if len(rewards) != len(completions):
-        raise ValueError(
-            f"The reward function {name!r} returned {len(rewards)} rewards for {len(completions)} completions. Have it return one "
-            "for each, None where it does not apply."
-        )
-    for number, reward in enumerate(rewards):
-        if reward is not None and not _is_finite(reward):
-            raise ValueError(
-                f"The reward function {name!r} returned {preview(reward)} for completion {number} of {len(completions)}, "
-                f"{preview(completions[number])}. Have it return a finite number, or None where it does not apply."
-            )
-    return [None if reward is None else float(reward) for reward in rewards]
-
-
 def watched(reward_func: Callable, name: str, is_async: bool) -> Callable:
-    """A reward function as it is, but that its name is noted on what it raises, and that what it returns is checked.
+    """A reward function with two additions: an error that it raises carries its name, and what it returns is checked.
 
     Args:
         reward_func: called with `completions` and other keyword arguments.
@@ -122,18 +83,6 @@ def _naming(name: str) -> Iterator[None]:
     except Exception as error:
         error.add_note(f"It was raised by the reward function {name!r}.")
         raise
-
-
-def _is_finite(reward: Any) -> bool:
-    try:
-        return math.isfinite(reward) and abs(float(reward)) <= LARGEST
-    except (OverflowError, TypeError, ValueError):
-        return False
-
-
-def preview(value: Any) -> str:
-    text = repr(value)
-    return text if len(text) <= PREVIEW else f"{text[:PREVIEW]}..."
 
 
 class Verifier:

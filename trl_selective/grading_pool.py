@@ -12,7 +12,6 @@ unpickled.
 import importlib
 import json
 import logging
-import math
 import os
 import pickle
 import queue
@@ -25,7 +24,7 @@ from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from typing import Any, NamedTuple
 
-from trl_selective.reward_calls import call_reward
+from trl_selective.reward_calls import call_reward, check_rewards
 
 
 class Verdict(NamedTuple):
@@ -177,12 +176,9 @@ def _serve(module: str, name: str, timeout: float, answers) -> None:
 def _try(function: Callable, arguments: Mapping[str, Any]) -> tuple[float | None, str | None]:
     """The reward, or why there is none."""
     try:
-        (reward,) = call_reward(function, arguments)
-        if reward is not None and not math.isfinite(reward):
-            raise ValueError(
-                f"got the reward {reward}, expected a finite number, or None where the function does not apply"
-            )
-        return None if reward is None else float(reward), None
+        rewards = call_reward(function, arguments)
+        (reward,) = check_rewards(rewards, arguments["completions"], function.__name__)
+        return reward, None
     except Exception:  # noqa: BLE001 - all of it goes to the caller, who raises
         return None, traceback.format_exc()
 

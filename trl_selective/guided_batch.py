@@ -77,6 +77,12 @@ class GuidedBatch:
         guided = [sum(row) / len(row) for row in self.rollout.expert_drawn]
         return self.merge([0.0] * (self.num_rows - len(guided)), guided)
 
+    def inject(self, injection: Injection) -> None:
+        """Note what was injected, and put its rewards in the places of those that it replaces."""
+        self.injection, self.rewards_per_func = injection, self.sampled_rewards_per_func.clone()
+        for choice in injection.injected:
+            self.rewards_per_func[choice.row] = torch.tensor(choice.rewards_per_func)
+
     def injected(self, process_index: int) -> dict[int, Choice]:
         """What is injected into rows of this process, by row."""
         first = process_index * self.num_rows

@@ -104,8 +104,8 @@ class Choice:
         group: of all groups.
         completion: what was chosen.
         selector, score: which selector had the say, and what it gave.
-        features, predicted: of the completion, where a selector learns.
         rewards_per_func: what each reward function gave, NaN for None.
+        features, predicted: of the completion, where a selector learns.
         row: the row of all rows of all processes whose place it takes; None if it stays out: it was no better than the group, or the batch had enough.
     """
 
@@ -113,9 +113,9 @@ class Choice:
     completion: ExpertCompletion
     selector: str
     score: float
+    rewards_per_func: list[float]
     features: list[float] | None = None
     predicted: float | None = None
-    rewards_per_func: list[float] = field(default_factory=list)
     row: int | None = None
 
 
@@ -209,8 +209,9 @@ class Injector:
         }
         if self.selector.needs_logps and any(wanted):
             self._add_logps(batch, candidates, policy_logps)
-        for found in candidates.values() if self.selector.learners() else ():
-            found.features = features(found)
+        if self.selector.learners():
+            for found in candidates.values():
+                found.features = features(found)
 
         to_score = survey.num_candidates if self.selector.needs_gains else wanted
         size = len(batch.own_groups)
@@ -303,28 +304,33 @@ class Injector:
         score: Callable[[list[tuple[int, ExpertCompletion]]], Float[Tensor, "completions funcs"]],
     ) -> list[Choice]:
         """The choices of this process's groups with their rewards. Every candidate is scored if the selector asks for it, else what is chosen."""
-        rewards_of: dict[tuple[int, int], list[float]] = {}
-        if self.selector.needs_gains:
-            every = [(group, index) for group, found in candidates.items() for index in range(len(found))]
-            rewards = score([(batch.first_row(group), candidates[group].completions[index]) for group, index in every])
-            rewards_of = dict(zip(every, rewards.tolist(), strict=True))
-            for group, found in candidates.items():
-                given = torch.tensor([rewards_of[group, index] for index in range(len(found))])
-                found.gains = (total_reward(given, self.reward_weights) - batch.own_means[group]).tolist()
 
-        picked, choices = [], []
-        for group, found in candidates.items():
-            for pick in choose(self.selector, found, wanted[group]):
-                picked.append((group, pick.index))
-                seen, predicted = self._prediction(found, pick.index)
-                choices.append(
-                    Choice(group, found.completions[pick.index], pick.selector, pick.score, seen, predicted)
-                )
+        def score_at(places: list[tuple[int, int]]) -> dict[tuple[int, int], list[float]]:
+            pairs = [(batch.first_row(group), candidates[group].completions[index]) for group, index in places]
+            return dict(zip(places, score(pairs).tolist(), strict=True))
+
+        if self.selector.needs_gains:
+            rewards = score_at([(group, index) for group, found in candidates.items() for index in range(len(found))])
+            for group, found in candidates.items():
+                given = torch.tensor([rewards[group, index] for index in range(len(found))])
+                found.gains = (total_reward(given, self.reward_weights) - batch.own_means[group]).tolist()
+        picks = [
+            (group, pick)
+            for group, found in candidates.items()
+            for pick in choose(self.selector, found, wanted[group])
+        ]
         if not self.selector.needs_gains:
-            rewards = score([(batch.first_row(choice.group), choice.completion) for choice in choices])
-            rewards_of = dict(zip(picked, rewards.tolist(), strict=True))
+            rewards = score_at([(group, pick.index) for group, pick in picks])
         return [
-            replace(choice, rewards_per_func=rewards_of[which]) for choice, which in zip(choices, picked, strict=True)
+            Choice(
+                group,
+                candidates[group].completions[pick.index],
+                pick.selector,
+                pick.score,
+                rewards[group, pick.index],
+                *self._prediction(candidates[group], pick.index),
+            )
+            for group, pick in picks
         ]
 
     def _prediction(self, found: Candidates, index: int) -> tuple[list[float] | None, float | None]:

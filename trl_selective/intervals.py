@@ -22,7 +22,7 @@ class Estimate:
 
 
 def bootstrap(values: np.ndarray) -> Estimate:
-    """Of the mean of `values` (seeds x problems, NaN where a problem has no value), over both; NaN if none has."""
+    """The mean of `values` (seeds x problems, NaN where a problem has no value) with its bootstrap interval over both axes; NaN if none has a value."""
     weights = _times_drawn(values.shape)
     known = ~np.isnan(values)
     if not known.any():

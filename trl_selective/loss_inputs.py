@@ -65,7 +65,8 @@ def bind_to_policy(
     gamma: float,
     max_ratio: float,
 ) -> Float[Tensor, "sums"]:
-    """Complete `inputs` between the forward of a loss and the loss, and return what `LossSums` holds of them.
+    """Complete `inputs` between the forward of a loss and the loss: what the loss reads of injected rows, and which rows have finite
+    probabilities. Returns their `LossSums`, in the order of its fields.
 
     Injected rows get advantages with the importance weight of each token, and a ratio of 1 in every iteration: the clip never acts, and the
     gradient is that of the written objective.

@@ -13,6 +13,28 @@ ROUNDING = 1e-5  # by which a sum of weighted rewards may be off
 
 
 @dataclass(frozen=True)
+class BatchRewards:
+    """The total rewards of a batch, before and after expert completions took the places of rollouts. They are NaN where no function scored a row.
+
+    Attributes:
+        sampled: of the rollouts.
+        now: the same, with those of injected completions in their places.
+        is_guided: which rollouts were guided.
+        is_injected: which of them were replaced.
+        was_correct, is_correct: which are right of `sampled`, and of `now`.
+        span: R_range of each group.
+    """
+
+    sampled: Float[Tensor, "groups generations"]
+    now: Float[Tensor, "groups generations"]
+    is_guided: Bool[Tensor, "groups generations"]
+    is_injected: Bool[Tensor, "groups generations"]
+    was_correct: Bool[Tensor, "groups generations"]
+    is_correct: Bool[Tensor, "groups generations"]
+    span: Float[Tensor, "groups 1"]
+
+
+@dataclass(frozen=True)
 class RewardScale:
     """Reads the rewards of rows that lie group by group. They are NaN where a function gave None.
 
@@ -27,7 +49,7 @@ class RewardScale:
         ValueError: if `correctness_reward` is no reward function.
     """
 
-    names: Sequence  # of str, which the tests would check by Python's random generator
+    names: Sequence  # not Sequence[str]: in the tests beartype would draw from `random` to check an element, and change the run
     weights: Float[Tensor, "funcs"]
     num_generations: int
     reward_range: float | None = None
@@ -59,6 +81,25 @@ class RewardScale:
             return is_correct(rewards, span)
         deciding = self.names.index(self.correctness_reward)
         return is_correct(rewards, span, rewards_per_func[:, deciding].view_as(rewards))
+
+    def of_batch(
+        self,
+        before: Float[Tensor, "rows funcs"],
+        now: Float[Tensor, "rows funcs"],
+        is_guided: Bool[Tensor, "groups generations"],
+        is_injected: Bool[Tensor, "groups generations"],
+    ) -> BatchRewards:
+        """What the rewards of whole groups mean, `before` and after (`now`) expert completions took the places of rollouts."""
+        span = self.span(before, now)
+        return BatchRewards(
+            self.totals(before),
+            self.totals(now),
+            is_guided,
+            is_injected,
+            was_correct=self.is_correct(before, span),
+            is_correct=self.is_correct(now, span),
+            span=span,
+        )
 
     def problems(
         self,
@@ -106,7 +147,7 @@ def check_correctness_reward(name: str, reward_func_names: Sequence[str]) -> Non
 
 
 def _unit_problem(rewards_per_func: Tensor, reward_weights: Tensor, names: Sequence[str]) -> str | None:
-    """What is wrong with taking each reward function to span [0, 1], as an unset `reward_range` does, if anything is.
+    """Says why rewards contradict that each function spans [0, 1], as an unset `reward_range` takes it; None if they do not.
 
     Args:
         rewards_per_func: (rows, functions), NaN where a function gave None.
@@ -125,7 +166,7 @@ def _unit_problem(rewards_per_func: Tensor, reward_weights: Tensor, names: Seque
 
 
 def _range_problem(rewards: Tensor, reward_range: float) -> str | None:
-    """What is wrong with calling those correct that have more than half of a `reward_range` that was set, if anything is.
+    """Says why rewards contradict a `reward_range` above whose half they are taken to be correct; None if they do not.
 
     Args:
         rewards: total rewards, any shape, NaN where no function gave one.
@@ -142,7 +183,7 @@ def _range_problem(rewards: Tensor, reward_range: float) -> str | None:
 
 
 def _penalty_problem(reward_weights: Tensor, reward_range: float | None) -> str | None:
-    """What speaks against the verdict "correct" where weights are negative, if anything does: what is right in all, and penalised in all, is wrong."""
+    """Says why a rollout that is right, but gets every penalty, counts as wrong; None if it counts as right, or there are no penalties."""
     gain, penalty = reward_weights.clamp(min=0).sum().item(), reward_weights.clamp(max=0).abs().sum().item()
     bound = (gain + penalty if reward_range is None else reward_range) / 2
     if not penalty or gain - penalty > bound:
@@ -154,7 +195,7 @@ def _penalty_problem(reward_weights: Tensor, reward_range: float | None) -> str 
 
 
 def _verdict_problem(rewards: Tensor, is_correct: Tensor, names: Sequence[str]) -> str | None:
-    """What speaks against the verdict "correct" by the total reward, if anything does: all rollouts get it, although they differ.
+    """Says why the verdict "correct" is in doubt where all rollouts get it although they differ; None if they do not.
 
     Args:
         rewards, is_correct: of rollouts, any shape; rewards are NaN where no function gave one.

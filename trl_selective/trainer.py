@@ -51,7 +51,6 @@ from trl_selective.experts import (
     on_device,
 )
 from trl_selective.functional.advantages import mixed_group_advantages
-from trl_selective.functional.importance import TRUNCATED
 from trl_selective.grading import watched
 from trl_selective.guided_batch import GuidedBatch
 from trl_selective.injection import Injection, SampledBatch
@@ -69,9 +68,10 @@ from trl_selective.reporting.metrics import (
     rollout_sums,
 )
 from trl_selective.reporting.rollouts import LoggedBatch, rollout_rows, write_rollouts
-from trl_selective.reward_scale import RewardScale
+from trl_selective.reward_scale import BatchRewards, RewardScale
 from trl_selective.rollout import GuidedRollout
 from trl_selective.sampling import GuidedSampler
+from trl_selective.sampling.kv import left_pad
 from trl_selective.selection import Selector, Trigger
 from trl_selective.sharding import check_gathers, check_second_models, unsharded
 from trl_selective.state import STATE_FILE, saved_state, write_state
@@ -81,6 +81,7 @@ from trl_selective.trl_versions import warn_of_newer_trl
 logger = logging.getLogger(__name__)
 warn_of_newer_trl(trl.__version__)
 
+KINDS_OF_GUIDANCE = ("num_guided_generations", "num_injected_completions")
 NUM_PROBED = 4  # injected rows of each process whose log-probability is looked at again after the update
 
 
@@ -149,11 +150,14 @@ class SelectiveGuidanceGRPOTrainer(GRPOTrainer):
         if expert_model is None:
             expert_model = getattr(args, "expert_model_name_or_path", None)
         bound = inspect.signature(GRPOTrainer.__init__).bind(self, model, reward_funcs, args, *trl_args, **trl_kwargs)
-        check_arguments(bound.arguments, self._settings_in_use())
-        if self._settings_in_use():  # what TRL's card and tags name; without guidance they are GRPO's
+        # The kinds of guidance that are on, by the setting that turns them on.
+        self._settings_in_use = [name for name in KINDS_OF_GUIDANCE if getattr(self, name)]
+        check_arguments(bound.arguments, self._settings_in_use)
+        if self._settings_in_use:  # what TRL's card and tags name; without guidance they are GRPO's
             self._name, self._paper = method(args)
             self._tag_names = [*super()._tag_names, "selective-guidance"]
         has_expert = needs_expert(args, bound.arguments, expert_model)
+        self.expert_model: Expert | ExpertServer | None = None
         if not self.num_injected_completions and (injection_trigger or injection_selector):
             warnings.warn(
                 "injection_trigger or injection_selector is given, but without effect: num_injected_completions is 0. Set it in a "
@@ -177,7 +181,7 @@ class SelectiveGuidanceGRPOTrainer(GRPOTrainer):
         self._evaluated_at: int | None = None  # when the weights with which training began were evaluated
         self._warned_of: set[str] = set()  # settings that do not fit the run, its data or its rewards
         self._check_run()
-        if self._settings_in_use():
+        if self._settings_in_use:
             self._reward_scale = RewardScale(
                 self.reward_func_names,
                 self.reward_weights,
@@ -195,10 +199,6 @@ class SelectiveGuidanceGRPOTrainer(GRPOTrainer):
             self.accelerator.print(args.preset_in_words())
 
     # ---- Set-up ------------------------------------------------------------------------------------------------------------------------
-
-    def _settings_in_use(self) -> list[str]:
-        """The kinds of guidance that are on, by the setting that turns them on."""
-        return [name for name in ("num_guided_generations", "num_injected_completions") if getattr(self, name)]
 
     @contextmanager
     def _coins_in_the_engine(self) -> Iterator[None]:
@@ -219,21 +219,19 @@ class SelectiveGuidanceGRPOTrainer(GRPOTrainer):
 
     def _check_run(self) -> None:
         """The policy, the reward functions and the data, as TRL has set them up."""
-        for setting in self._settings_in_use():
+        if self._settings_in_use:
+            need = f"{self._settings_in_use[0]} > 0"
             if self._is_vlm:
                 raise ValueError(
-                    f"{setting} > 0 needs a text model, got a processor with images. Set it to 0 to train this model."
+                    f"{need} needs a text model, got a processor with images. Set it to 0 to train this model."
                 )
-            if getattr(
-                self, "use_liger_kernel", False
-            ):  # of TRL < 1.15, whose fused loss never asks for log-probabilities
+            if getattr(self, "use_liger_kernel", False):  # of TRL < 1.15: its fused loss asks for no log-probabilities
                 raise ValueError(
-                    f"use_liger_kernel=True fuses the loss in this version of TRL, so that {setting} > 0 cannot see its log-probabilities. Set it to "
+                    f"use_liger_kernel=True fuses the loss in this version of TRL, so that {need} cannot see its log-probabilities. Set it to "
                     "False, or update TRL to 1.16."
                 )
-            check_gathers(self.accelerator, self.args.ds3_gather_for_generation, f"{setting} > 0")
+            check_gathers(self.accelerator, self.args.ds3_gather_for_generation, need)
             check_second_models(self.accelerator, self.args)
-        if self._settings_in_use():
             check_prompts(
                 self.train_dataset, self._tokenizer, bool(self.chat_template or self._tokenizer.chat_template)
             )
@@ -245,7 +243,6 @@ class SelectiveGuidanceGRPOTrainer(GRPOTrainer):
             )
 
     def _set_up_expert(self, expert_model, expert_processing_class) -> None:
-        self.expert_model: Expert | ExpertServer
         self.expert_model, self._shared_vocab_size = make_expert(
             self.args,
             expert_model,
@@ -293,7 +290,7 @@ class SelectiveGuidanceGRPOTrainer(GRPOTrainer):
             selector,
             self._tokenizer,
             self.eos_token_ids,
-            needs_logprobs=args.injection_correction in TRUNCATED and not hasattr(self, "expert_model"),
+            needs_logps=args.injection_needs_expert_logps and self.expert_model is None,
             render=self._render,
             probability=probability,
             reward_weights=self.reward_weights.cpu(),
@@ -324,7 +321,7 @@ class SelectiveGuidanceGRPOTrainer(GRPOTrainer):
             output = super()._generate_and_score_completions(inputs)
             if self._batch is not None:
                 output = self._apply_guidance(output, self._batch)
-            if self.log_completions and self._settings_in_use() and self.model.training:
+            if self.log_completions and self._settings_in_use and self.model.training:
                 self._logged_batch = self._batch_as_logged(len(inputs), self._batch)
             return output
         finally:
@@ -332,7 +329,7 @@ class SelectiveGuidanceGRPOTrainer(GRPOTrainer):
 
     def _plan_batch(self, rows: list[dict]) -> GuidedBatch | None:
         """Decide whether this batch is guided: in training, while alpha > 0, with guided rollouts once there is a threshold."""
-        if not self._settings_in_use() or not self.model.training:
+        if not self._settings_in_use or not self.model.training:
             return None
         coef, metrics = self._guidance_coef(), self._metrics["train"]
         metrics["guidance/coef"].append(coef)
@@ -436,37 +433,14 @@ class SelectiveGuidanceGRPOTrainer(GRPOTrainer):
     def _inject(self, prompt_ids, completions, logprobs) -> tuple[list, list, list | None]:
         """Put selected expert completions into their rows: token ids, decoded completions, log-probabilities of an inference engine."""
         self._log_last_injected()
-        started, batch, args = time.perf_counter(), self._batch, self.args
-        rewards_per_func = batch.sampled_rewards_per_func
-        process_index = self.accelerator.process_index
-        sampled = SampledBatch(
-            batch.rows,
-            prompt_ids,
-            batch.completion_ids,
-            rewards=self._reward_scale.totals(rewards_per_func).cpu(),
-            is_correct=self._reward_scale.is_correct(
-                rewards_per_func, self._reward_scale.span(rewards_per_func)
-            ).cpu(),
-            is_guided=self._was_guided().cpu(),
-            step=self.state.global_step,
-            process_index=process_index,
-        )
+        started, batch = time.perf_counter(), self._batch
         extra_logs: dict = {}
-        injection = self._injector.choose(
-            sampled, partial(self._score_completions, prompt_ids, extra_logs), self._policy_logps
-        )
-        if injection.num_overlong and args.overlong_expert_completions == "drop":
-            self._warn_once(
-                "max_completion_length",
-                f"Of {injection.num_read} expert completions read for a batch, {injection.num_overlong} had more than max_completion_length="
-                f"{self.max_completion_length} tokens, and were dropped. Raise it, or set overlong_expert_completions='truncate'.",
-            )
-        batch.injection, batch.rewards_per_func = injection, batch.sampled_rewards_per_func.clone()
-        for choice in injection.injected:
-            batch.rewards_per_func[choice.row] = torch.tensor(choice.rewards_per_func)
+        score = partial(self._score_completions, prompt_ids, extra_logs)
+        batch.inject(self._injector.choose(self._sampled_batch(prompt_ids), score, self._policy_logps))
+        self._warn_of_overlong(batch.injection)
         completion_ids, completions = list(batch.completion_ids), list(completions)
         logprobs = None if logprobs is None else list(logprobs)
-        injected = batch.injected(process_index)
+        injected = batch.injected(self.accelerator.process_index)
         for row, choice in injected.items():
             completion_ids[row] = list(choice.completion.token_ids)
             completions[row] = self._decode(batch.rows[row]["prompt"], prompt_ids[row], completion_ids[row])
@@ -476,11 +450,34 @@ class SelectiveGuidanceGRPOTrainer(GRPOTrainer):
             for column, value in extra_logs[first_row, choice.completion.token_ids].items():
                 if len(self._pending_extra_logs.get(column, ())) == batch.num_rows:
                     self._pending_extra_logs[column][row] = value
-        if injection.injected:
+        if batch.injection.injected:
             probed = list(injected)[:NUM_PROBED]
             self._last_injected = [prompt_ids[row] for row in probed], [completion_ids[row] for row in probed]
         self._metrics["train"]["guidance/selection_time"].append(time.perf_counter() - started)
         return completion_ids, completions, logprobs
+
+    def _sampled_batch(self, prompt_ids) -> SampledBatch:
+        """What the choice of expert completions depends on."""
+        batch, scale = self._batch, self._reward_scale
+        rewards_per_func = batch.sampled_rewards_per_func
+        return SampledBatch(
+            batch.rows,
+            prompt_ids,
+            batch.completion_ids,
+            rewards=scale.totals(rewards_per_func).cpu(),
+            is_correct=scale.is_correct(rewards_per_func, scale.span(rewards_per_func)).cpu(),
+            is_guided=self._was_guided().cpu(),
+            step=self.state.global_step,
+            process_index=self.accelerator.process_index,
+        )
+
+    def _warn_of_overlong(self, injection: Injection) -> None:
+        if injection.num_overlong and self.args.overlong_expert_completions == "drop":
+            self._warn_once(
+                "max_completion_length",
+                f"Of {injection.num_read} expert completions read for a batch, {injection.num_overlong} had more than max_completion_length="
+                f"{self.max_completion_length} tokens, and were dropped. Raise it, or set overlong_expert_completions='truncate'.",
+            )
 
     def _score_completions(self, prompt_ids, extra_logs: dict, pairs, num_rows: int) -> torch.Tensor:
         """Rewards of expert completions for rows of this process, by the user's functions, on the CPU. Every process scores `num_rows` rows: TRL gathers
@@ -530,25 +527,20 @@ class SelectiveGuidanceGRPOTrainer(GRPOTrainer):
         if not prompt_ids:
             with self.whole_policy():
                 return []
-        prompts, completions = ([torch.tensor(ids) for ids in rows] for rows in (prompt_ids, completion_ids))
-        parts = []
-        for texts, side in ((prompts, "left"), (completions, "right")):
-            pad = partial(pad_sequence, batch_first=True, padding_side=side)
-            parts.append(
-                (pad(texts, padding_value=self._tokenizer.pad_token_id), pad([torch.ones_like(t) for t in texts]))
-            )
-        input_ids, attention_mask = (
-            torch.cat(part, dim=1).to(self.accelerator.device) for part in zip(*parts, strict=True)
-        )
+        pad_token_id, device = self._tokenizer.pad_token_id, self.accelerator.device
+        prompts, prompt_mask = left_pad(prompt_ids, pad_token_id, device)
+        texts = [torch.tensor(ids, device=device) for ids in completion_ids]
+        completions = pad_sequence(texts, batch_first=True, padding_value=pad_token_id)
+        completion_mask = pad_sequence([torch.ones_like(text) for text in texts], batch_first=True)
         with self.whole_policy(), torch.no_grad(), evaluation_mode(self.model):
             logps, _, _ = self._get_per_token_logps_and_entropies(
                 self.model,
-                input_ids,
-                attention_mask,
-                parts[1][0].size(1),
+                torch.cat([prompts, completions], dim=1),
+                torch.cat([prompt_mask, completion_mask], dim=1),
+                completions.size(1),
                 batch_size=self.args.per_device_train_batch_size,
             )
-        return [row[: len(ids)].cpu() for row, ids in zip(logps, completions, strict=True)]
+        return [row[: len(ids)].cpu() for row, ids in zip(logps, completion_ids, strict=True)]
 
     def _log_last_injected(self) -> None:
         """What the update has made of the completions that were injected before it: their log-probability now."""
@@ -598,7 +590,7 @@ class SelectiveGuidanceGRPOTrainer(GRPOTrainer):
 
     def _rewards(self, *args, **kwargs) -> torch.Tensor:
         """TRL's, by function; while guidance is on, of functions that are watched, so that no reward that is none gets into a baseline."""
-        if not self._settings_in_use():
+        if not self._settings_in_use:
             return super()._calculate_rewards(*args, **kwargs)
         funcs, names = self.reward_funcs, self.reward_func_names
         self.reward_funcs: list = [
@@ -640,20 +632,20 @@ class SelectiveGuidanceGRPOTrainer(GRPOTrainer):
 
     def _apply_guidance(self, output: dict, batch: GuidedBatch) -> dict:
         """Replace TRL's advantages, and what it logged of this batch, by those of mixed-policy GRPO (Eq. 10-11) with injected rows."""
-        before, now = batch.sampled_rewards_per_func, batch.rewards_per_func
-        sampled, rewards = self._reward_scale.totals(before), self._reward_scale.totals(now)
-        reward_range = self._reward_scale.span(before, now)
-        is_guided, is_injected = self._was_guided(), torch.zeros_like(rewards, dtype=torch.bool)
+        is_guided = self._was_guided()
+        is_injected = torch.zeros_like(is_guided)
         for choice in batch.injection.injected if batch.injection else ():
             is_injected.view(-1)[choice.row] = True
+        before, now = batch.sampled_rewards_per_func, batch.rewards_per_func
+        rewards = self._reward_scale.of_batch(before, now, is_guided, is_injected)
         if batch.num_guided or is_injected.any():
             advantages = mixed_group_advantages(
-                sampled,
-                rewards,
+                rewards.sampled,
+                rewards.now,
                 is_guided,
                 is_injected,
                 batch.coef,
-                reward_range,
+                rewards.span,
                 scale_rewards=self.scale_rewards,
                 injection_advantage=self.args.injection_advantage,
             ).flatten()
@@ -661,15 +653,15 @@ class SelectiveGuidanceGRPOTrainer(GRPOTrainer):
             local = [values.flatten()[own_rows][: batch.num_rows] for values in (advantages, is_guided, is_injected)]
             self._label_rows(output, batch, *local)
             self._logs["advantages"].extend(advantages.tolist())  # as many as the deque holds
-        verdicts = [self._reward_scale.is_correct(each, reward_range) for each in (before, now)]
         divides = bool(batch.num_guided) or self.args.injection_advantage == "positive_excess"
-        for setting, problem in self._reward_scale.problems(before, sampled, verdicts[0], divides=divides).items():
+        problems = self._reward_scale.problems(before, rewards.sampled, rewards.was_correct, divides=divides)
+        for setting, problem in problems.items():
             self._warn_once(setting, problem)
-        self._log_batch(batch, sampled, rewards, is_guided, is_injected, verdicts, reward_range)
+        self._log_batch(batch, rewards)
         return output
 
     def _warn_once(self, setting: str, problem: str) -> None:
-        """Of something that all processes know, and one of them says."""
+        """Warn once, from the main process, of something that all processes know."""
         if self.accelerator.is_main_process and setting not in self._warned_of:
             self._warned_of.add(setting)
             warnings.warn(problem, stacklevel=3)
@@ -688,14 +680,14 @@ class SelectiveGuidanceGRPOTrainer(GRPOTrainer):
             output["advantages"] = advantages.unsqueeze(1) * weights
         if batch.injection and batch.injection.injected:  # of any process: the loss adds up over all of them
             output["is_injected"] = is_injected
-            if self.args.injection_correction in TRUNCATED:
+            if self.args.injection_needs_expert_logps:
                 output["behaviour_per_token_logps"] = self._behaviour_logps(output)
 
     # ---- Loss --------------------------------------------------------------------------------------------------------------------------
 
     def _compute_loss(self, model, inputs):
         is_labelled = "is_guided" in inputs or "is_injected" in inputs
-        is_measured = self._settings_in_use() and self._guidance_coef() > 0
+        is_measured = self._settings_in_use and self._guidance_coef() > 0
         if not (is_labelled or is_measured) or not self.model.training:
             return super()._compute_loss(model, inputs)
         bound = self._loss_inputs = dict(inputs)  # a copy: the batch itself may be used again
@@ -736,17 +728,17 @@ class SelectiveGuidanceGRPOTrainer(GRPOTrainer):
 
     # ---- Logs --------------------------------------------------------------------------------------------------------------------------
 
-    def _log_batch(self, batch: GuidedBatch, sampled, rewards, is_guided, is_injected, verdicts, reward_range) -> None:
+    def _log_batch(self, batch: GuidedBatch, rewards: BatchRewards) -> None:
         """TRL's reward and length metrics of this batch, restricted to the policy's rollouts, and the metrics of guidance."""
-        device, metrics = rewards.device, self._metrics["train"]
-        own = ~is_guided.flatten()
-        if batch.num_guided or is_injected.any():
+        device, metrics = self.accelerator.device, self._metrics["train"]
+        own = ~rewards.is_guided.flatten()
+        if batch.num_guided or rewards.is_injected.any():
             ends = {*self.eos_token_ids, self._tokenizer.pad_token_id}
             shape = torch.tensor([[len(ids), ids[-1] not in ends] for ids in batch.completion_ids], device=device)
             lengths, is_truncated = self.accelerator.gather(shape)[own].unbind(1)
             for name, value in policy_metrics(
                 batch.sampled_rewards_per_func[own],
-                sampled.flatten()[own].view(-1, batch.num_on_policy),
+                rewards.sampled.flatten()[own].view(-1, batch.num_on_policy),
                 self.reward_func_names,
                 lengths,
                 is_truncated.bool(),
@@ -754,11 +746,11 @@ class SelectiveGuidanceGRPOTrainer(GRPOTrainer):
             ).items():
                 metrics[name][-1] = value
 
-        news = reward_metrics(sampled, rewards, is_guided, is_injected, *verdicts)
+        news = reward_metrics(rewards)
         if batch.rollout is not None:
             news |= self._rollout_metrics(batch.rollout)
         if batch.injection is not None:
-            news |= self._injection_metrics(batch.injection, reward_range)
+            news |= self._injection_metrics(batch.injection, rewards.span)
         for name, value in news.items():
             metrics[name].append(value)
 
@@ -773,13 +765,13 @@ class SelectiveGuidanceGRPOTrainer(GRPOTrainer):
             metrics |= importance_metrics(sums, self.accelerator.gather(p99).max().item())
         return metrics
 
-    def _injection_metrics(self, injection: Injection, reward_range: torch.Tensor) -> dict[str, float]:
+    def _injection_metrics(self, injection: Injection, span: torch.Tensor) -> dict[str, float]:
         is_accepted: list[bool] = []
         if injection.choices:
             given = torch.tensor([choice.rewards_per_func for choice in injection.choices])
             groups = [choice.group for choice in injection.choices]
-            is_accepted = self._reward_scale.is_correct(given, reward_range.cpu()[groups]).flatten().tolist()
-        num_groups = len(reward_range)
+            is_accepted = self._reward_scale.is_correct(given, span.cpu()[groups]).flatten().tolist()
+        num_groups = len(span)
         metrics = injection_metrics(injection, is_accepted, num_groups, num_groups * self.num_generations)
         for learner in self._injector.selector.learners():
             if learner.model.num_outcomes:
@@ -856,15 +848,15 @@ class SelectiveGuidanceGRPOTrainer(GRPOTrainer):
 
     def _load_optimizer_and_scheduler(self, checkpoint):
         super()._load_optimizer_and_scheduler(checkpoint)
-        if checkpoint is None or not self._settings_in_use():
+        if checkpoint is None or not self._settings_in_use:
             return
         fresh = []
         with saved_state(Path(checkpoint)) as state:
-            if self.num_guided_generations and (state is None or set(state) == {"injection"}):
+            if self.num_guided_generations and "entropy_threshold" not in (state or {}):
                 fresh.append("threshold")
             elif self.num_guided_generations:
                 self._threshold.load_state_dict(state, is_main_process=self.accelerator.is_main_process)
-            if self.num_injected_completions and (state is None or "injection" not in state):
+            if self.num_injected_completions and "injection" not in (state or {}):
                 fresh.append("memory of injections")
             elif self.num_injected_completions:
                 self._injector.load_state_dict(state["injection"])
@@ -886,7 +878,7 @@ class SelectiveGuidanceGRPOTrainer(GRPOTrainer):
             return
         try:
             self._save_picture()
-            if self._settings_in_use():
+            if self._settings_in_use:
                 extend_card(self.args.output_dir, self._training_run())
                 if evaluated_at(self.args.output_dir) != self._evaluated_at:
                     add_evaluation(self.args.output_dir)
@@ -916,7 +908,7 @@ class SelectiveGuidanceGRPOTrainer(GRPOTrainer):
             steps=self.state.global_step,
             max_steps=self.state.max_steps,
             rewards=dict(zip(self.reward_func_names, self.reward_weights.tolist(), strict=True)),
-            expert=getattr(self, "expert_model", None),
+            expert=self.expert_model,
             sampler=type(self._sampler).__name__ if self.num_guided_generations else None,
             trigger=injector.trigger.name if injector else None,
             selector=injector.selector.name if injector else None,
@@ -926,6 +918,6 @@ class SelectiveGuidanceGRPOTrainer(GRPOTrainer):
 
     def push_to_hub(self, *args, **kwargs):
         """Push model, tokenizer, card and picture; of a guided run, the logs behind the card's figures as well."""
-        if self._settings_in_use():
+        if self._settings_in_use:
             self.save_state()
         return super().push_to_hub(*args, **kwargs)

@@ -110,7 +110,7 @@ def test_a_tokenizer_without_padding_is_refused(expert):
     model, _ = expert
     tokenizer = AutoTokenizer.from_pretrained(EXPERT)
     tokenizer.pad_token = None
-    with pytest.raises(ValueError, match=r"Batches need a padding token .* Set `processing_class.pad_token`"):
+    with pytest.raises(ValueError, match=r"Batches need a padding token .* Set the tokenizer's `pad_token`"):
         run((model, tokenizer))
 
 

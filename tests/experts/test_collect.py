@@ -109,7 +109,7 @@ def test_the_reader_takes_it_as_it_is(unbroken, tmp_path, is_chat):
         logprobs_column="expert_logprobs",
         sources_column="expert_sources",
         overlong="drop",
-        needs_logprobs=True,
+        needs_logps=True,
         render=lambda messages, is_prompt: tokenizer.apply_chat_template(
             messages, tokenize=False, add_generation_prompt=is_prompt
         ),

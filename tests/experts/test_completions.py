@@ -61,7 +61,7 @@ def make_reader(tokenizer, template: str | None = None, **changes) -> Completion
         "logprobs_column": "logps",
         "sources_column": "sources",
         "overlong": "drop",
-        "needs_logprobs": False,
+        "needs_logps": False,
         "render": lambda messages, add_generation_prompt: tokenizer.apply_chat_template(
             messages, chat_template=template, add_generation_prompt=add_generation_prompt, tokenize=False
         ),
@@ -389,7 +389,7 @@ def test_every_conversation_is_rendered_before_training(chat):
 
 
 def test_log_probabilities_that_are_needed(words):
-    reader = make_reader(words, needs_logprobs=True)
+    reader = make_reader(words, needs_logps=True)
     reader.check([row_of(None), row_of([]), row_of("0", logps=[-1.0, -1.0])])
     message = (
         "Row 1, completion 1 has no log-probabilities in 'logps', which injection_correction weighs it by. Give them, leave the "

@@ -65,17 +65,17 @@ def assert_reads_or_names(reader, row):
     examples=120,
     row=rows,
     columns=st.tuples(st.sampled_from(["logps", None]), st.sampled_from(["sources", None])),
-    needs_logprobs=st.booleans(),
+    needs_logps=st.booleans(),
     overlong=st.sampled_from(["drop", "truncate"]),
     max_completion_length=st.integers(2, 12),
 )
-def test_any_row(row, columns, needs_logprobs, overlong, max_completion_length):
+def test_any_row(row, columns, needs_logps, overlong, max_completion_length):
     reader = make_reader(
         tokenizer(),
         TEMPLATE,
         logprobs_column=columns[0],
         sources_column=columns[1],
-        needs_logprobs=needs_logprobs,
+        needs_logps=needs_logps,
         overlong=overlong,
         max_completion_length=max_completion_length,
     )

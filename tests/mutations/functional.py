@@ -99,8 +99,8 @@ FUNCTIONAL = [
         ("(probs + gamma).square()", "(probs + gamma)", "the weight of policy shaping is f and not its gradient"),
         ("mask.sum(-1, keepdim=True).clamp(min=1)", "mask.size(-1)", "padding lowers the geometric mean"),
         (
-            "log_probs - behaviour_log_probs, mask, f",
-            "behaviour_log_probs - log_probs, mask, f",
+            "logps - behaviour_logps, mask, f",
+            "behaviour_logps - logps, mask, f",
             "the ratio of an injected token upside down",
         ),
         ('drop=bound == "mask"', "drop=False", "sequence_mask truncates"),

@@ -23,7 +23,7 @@ TRAINING = [
     ),
     *mutations(
         "trainer.py",
-        ("not self._settings_in_use() or not self.model.training", "not self._settings_in_use()", "evaluation is guided"),
+        ("not self._settings_in_use or not self.model.training", "not self._settings_in_use", "evaluation is guided"),
         tests=("test_trainer.py::test_evaluation_is_never_guided",),
     ),
     *mutations(
@@ -41,7 +41,7 @@ TRAINING = [
     *mutations(
         "trainer.py",
         ("rollout.take(self._batch.guided_rows)", "rollout.take(range(len(self._batch.guided_rows)))", "the record of the wrong rows"),
-        ("batch.coef,\n                reward_range", "1.0,\n                reward_range", "alpha is not applied in training"),
+        ("batch.coef,\n                rewards.span", "1.0,\n                rewards.span", "alpha is not applied in training"),
         tests=("test_trainer.py::test_the_last_rows_of_each_group_are_guided_and_weighed_by_equations_10_and_11",),
     ),
     *mutations(
@@ -83,7 +83,7 @@ TRAINING = [
     ),
     *mutations(
         "trainer.py",
-        ("own = ~is_guided.flatten()", "own = torch.ones_like(is_guided.flatten())", "metrics mean all rows"),
+        ("own = ~rewards.is_guided.flatten()", "own = torch.ones_like(rewards.is_guided.flatten())", "metrics mean all rows"),
         ("metrics[name][-1] = value", "metrics[name].append(value)", "TRL's own values stay in its metrics"),
         tests=("test_trainer.py::test_trls_metrics_mean_the_policy",),
     ),
@@ -100,17 +100,30 @@ TRAINING = [
     ),
     *mutations(
         "trainer.py",
-        ("reward_range.cpu()[groups]", "reward_range.cpu()[:1].expand(len(groups), 1)", "completions are judged by the range of the first group"),
+        ("span.cpu()[groups]", "span.cpu()[:1].expand(len(groups), 1)", "completions are judged by the range of the first group"),
         tests=(
             "test_injected_training.py::test_completions_are_accepted_by_the_range_of_their_group",
         ),
     ),
     *mutations(
         "trainer.py",
-        ("batch.rewards_per_func[choice.row] = torch.tensor(choice.rewards_per_func)", "pass", "injected rows keep the reward of what they replaced"),
-        ("self._reward_scale.totals(before), self._reward_scale.totals(now)", "self._reward_scale.totals(now), self._reward_scale.totals(now)", "injected rewards are in the baseline"),
         ("list(choice.completion.token_ids)\n            completions[row]", "list(choice.completion.token_ids[:-1])\n            completions[row]", "the end token is dropped"),
         tests=("test_injected_training.py::test_the_worst_row_makes_room_and_the_others_keep_their_advantages",),
+    ),
+    *mutations(
+        "guided_batch.py",
+        ("self.rewards_per_func[choice.row] = torch.tensor(choice.rewards_per_func)", "pass", "injected rows keep the reward of what they replaced"),
+        tests=("test_injected_training.py::test_the_worst_row_makes_room_and_the_others_keep_their_advantages",),
+    ),
+    *mutations(
+        "reward_scale.py",
+        ("self.totals(before),\n", "self.totals(now),\n", "injected rewards are in the baseline"),
+        tests=("test_injected_training.py::test_the_worst_row_makes_room_and_the_others_keep_their_advantages",),
+    ),
+    *mutations(
+        "reward_scale.py",
+        ("was_correct=self.is_correct(before, span)", "was_correct=self.is_correct(now, span)", "a right rollout that gave way is forgotten"),
+        tests=("reporting/test_metrics.py::test_what_rescues_a_group",),
     ),
     *mutations(
         "trainer.py",
@@ -146,7 +159,7 @@ TRAINING = [
     ),
     *mutations(
         "trainer.py",
-        ("padding_side=side", 'padding_side="right"', "padding between prompt and completion"),
+        ("= left_pad(prompt_ids, pad_token_id, device)", "= (each.flip(1) for each in left_pad([ids[::-1] for ids in prompt_ids], pad_token_id, device))", "padding between prompt and completion"),
         tests=("test_injected_training.py::test_log_probs_of_given_completions_are_those_of_each_by_itself",),
     ),
     *mutations(

@@ -18,6 +18,7 @@ from trl_selective.reporting.metrics import (
     rollout_metrics,
     rollout_sums,
 )
+from trl_selective.reward_scale import BatchRewards, RewardScale
 from trl_selective.rollout import GuidedRollout
 from trl_selective.selection import Effect
 
@@ -76,13 +77,17 @@ def rows(*flags: list[int]) -> torch.Tensor:
     return torch.tensor(flags).bool()
 
 
+def batch_rewards(sampled, now, is_guided, is_injected) -> BatchRewards:
+    scale = RewardScale(["only"], torch.ones(1), sampled.size(1))
+    return scale.of_batch(sampled.view(-1, 1), now.view(-1, 1), is_guided, is_injected)
+
+
 def test_rewards_of_all_kinds_of_rows():
     # two rollouts of the policy, one guided; in the first two groups a completion has taken the place of the second rollout
     sampled = torch.tensor([[0.0, 0.0, 1.0], [1.0, 0.0, 1.0], [0.0, 0.0, 0.4], [0.0, 0.2, 0.0]])
     is_guided, is_injected = rows(*[[0, 0, 1]] * 4), rows([0, 1, 0], [0, 1, 0], [0, 0, 0], [0, 0, 0])
-    rewards = sampled.masked_fill(is_injected, 0.9)
-    verdicts = sampled > 0.5, rewards > 0.5
-    assert reward_metrics(sampled, rewards, is_guided, is_injected, *verdicts) == pytest.approx(
+    now = sampled.masked_fill(is_injected, 0.9)
+    assert reward_metrics(batch_rewards(sampled, now, is_guided, is_injected)) == pytest.approx(
         {
             "guidance/reward/on_policy": 1.2 / 8,  # the replaced rollouts included
             "guidance/reward/guided": 0.6,  # 2.4 / 4
@@ -94,7 +99,7 @@ def test_rewards_of_all_kinds_of_rows():
 
 def test_kinds_that_a_batch_does_not_have_are_left_out():
     sampled, nobody = torch.tensor([[0.0, math.nan], [1.0, 0.0]]), rows([0, 0], [0, 0])
-    metrics = reward_metrics(sampled, sampled, nobody, nobody, sampled > 0.5, sampled > 0.5)
+    metrics = reward_metrics(batch_rewards(sampled, sampled, nobody, nobody))
     assert metrics == {"guidance/reward/on_policy": pytest.approx(1 / 3), "guidance/rescued_groups": 0.0}
 
 
@@ -113,9 +118,8 @@ def test_kinds_that_a_batch_does_not_have_are_left_out():
     ],
 )
 def test_what_rescues_a_group(sampled, now, is_guided, is_injected, rescued):
-    values = [torch.tensor([sampled]), torch.tensor([now]), rows(is_guided), rows(is_injected)]
-    verdicts = (each > 0.5 for each in values[:2])
-    assert reward_metrics(*values, *verdicts)["guidance/rescued_groups"] == rescued
+    rewards = batch_rewards(torch.tensor([sampled]), torch.tensor([now]), rows(is_guided), rows(is_injected))
+    assert reward_metrics(rewards)["guidance/rescued_groups"] == rescued
 
 
 # ---- Injected completions --------------------------------------------------------------------------------------------------------------

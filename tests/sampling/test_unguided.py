@@ -123,4 +123,4 @@ def test_a_chat_template_gets_its_arguments():
 def test_ends_are_the_models_and_the_tokenizers(own, ends):
     model = tiny_model(1)
     model.generation_config.eos_token_id = own
-    assert end_token_ids(model, AutoTokenizer.from_pretrained(EXPERT)) == ends
+    assert end_token_ids(model.generation_config, AutoTokenizer.from_pretrained(EXPERT)) == ends

@@ -5,7 +5,7 @@ Many requests are in flight. What was written before is in the engine's prefix c
 
 from collections.abc import Collection, Iterator, Sequence
 from concurrent.futures import FIRST_COMPLETED, Future, wait
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, Protocol, runtime_checkable
 
 from packaging.version import Version
@@ -19,6 +19,7 @@ CLASS = "trl_selective.engines.processor:CoinLogitsProcessor"
 OLDEST, NEWEST = Version("0.22"), Version("0.31")
 EXPECTED = f"Expected `vllm serve` with `--logits-processors {CLASS}`."
 NUM_PROBES = 8
+CONCURRENCY = 256  # requests to a server at once
 MOMENT = 0.01  # seconds for a look at what has come back
 
 Answer = tuple[int, list[int]]  # row, token ids
@@ -88,7 +89,7 @@ def check_flips(engine: Engine, coin: Coin) -> None:
     Raises:
         ValueError: if it does not.
     """
-    certain = Coin("constant", 0.0, 1.0, coin.vocab_size, coin.sentinel)
+    certain = replace(coin, weighting="constant", threshold=0.0, max_weight=1.0)
     drawn: list[int] = []
     try:
         for row in range(NUM_PROBES):
@@ -149,18 +150,17 @@ class ServedEngine:
 
     Args:
         url: of the server, such as "http://localhost:8000".
-        concurrency: requests at once.
 
     Raises:
         ImportError: if the package `openai` is missing.
         RuntimeError: if the server does not answer.
     """
 
-    def __init__(self, url: str, concurrency: int = 256):
+    def __init__(self, url: str):
         self.url = url
         # TRL sends weights there without a key: none can be asked for, and that of another endpoint is none of its business.
         self._client = endpoint_client(f"{url.rstrip('/')}/v1", timeout=3600.0, max_retries=2, sends_key=False)
-        self._pool = DaemonPool(concurrency, "policy-server")
+        self._pool = DaemonPool(CONCURRENCY, "policy-server")
         self._flight: dict[Future, int] = {}
         served = self._ask(self._client.models.list).data
         self._model: str = served[0].id if served else ""

@@ -5,14 +5,13 @@ Both take token ids and give token ids, and draw each completion with a seed of 
 """
 
 from collections.abc import Sequence
-from types import SimpleNamespace
 from typing import Any, Protocol, runtime_checkable
 
 import torch
 from peft import PeftConfig, PeftModel
 from transformers import AutoConfig, GenerationConfig, PreTrainedModel, PreTrainedTokenizerBase
 
-from trl_selective.evaluation.protocol import SamplingProtocol
+from trl_selective.evaluation.protocol import SamplingProtocol, check_batches
 from trl_selective.sampling.unguided import end_token_ids, sample_completions, seeded_uniforms
 
 TokenIds = list[list[int]]
@@ -43,13 +42,9 @@ class TransformersBackend:
     def __init__(
         self, model: PreTrainedModel | PeftModel, tokenizer: PreTrainedTokenizerBase, batch_size: int = 64
     ) -> None:
-        if tokenizer.pad_token_id is None or batch_size < 1:
-            raise ValueError(
-                f"Batches need a padding token and at least one row, got {tokenizer.pad_token_id} and batch_size={batch_size}. Set the "
-                "tokenizer's `pad_token`, for instance to its `eos_token`."
-            )
+        check_batches(tokenizer, batch_size)
         self.model, self.pad_token_id, self.batch_size = model, tokenizer.pad_token_id, batch_size
-        self.eos_token_ids = end_token_ids(model, tokenizer)
+        self.eos_token_ids = end_token_ids(model.generation_config, tokenizer)
 
     def complete(self, prompt_ids: TokenIds, seeds: Sequence[int], protocol: SamplingProtocol) -> TokenIds:
         completions: TokenIds = []
@@ -105,9 +100,7 @@ class VllmBackend:
             model = str(adapter.base_model_name_or_path)
         # Its own defaults for sampling are not used; its end tokens are.
         self.llm = LLM(model=model, generation_config="vllm", **settings)
-        self.eos_token_ids = end_token_ids(
-            SimpleNamespace(generation_config=_generation_config(model, settings["revision"])), tokenizer
-        )
+        self.eos_token_ids = end_token_ids(_generation_config(model, settings["revision"]), tokenizer)
 
     def complete(self, prompt_ids: TokenIds, seeds: Sequence[int], protocol: SamplingProtocol) -> TokenIds:
         from vllm import SamplingParams
@@ -132,7 +125,7 @@ class VllmBackend:
 
 
 def adapter_config(model: str, revision: str | None = None) -> PeftConfig | None:
-    """That of an adapter; None for a whole model."""
+    """The config of the adapter at `model`; None if that is a whole model."""
     try:
         return PeftConfig.from_pretrained(model, revision=revision)
     except ValueError:  # PEFT's word for: no adapter_config.json there

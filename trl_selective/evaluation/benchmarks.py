@@ -52,7 +52,7 @@ class Benchmark:
 
 
 def plain(prompt: str, answer: str) -> dict[str, Any]:
-    """Of a benchmark whose rows have a problem and its answer, a text or a number, in these columns."""
+    """The `columns` and `convert` of a benchmark whose rows have a problem and its answer, a text or a number, in these columns."""
 
     def convert(row: Row, index: int) -> tuple[str, str]:
         value = row[answer]

@@ -12,6 +12,7 @@ from torch import Tensor
 from tqdm.auto import tqdm
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
+from trl_selective.evaluation.protocol import check_batches, check_problems
 from trl_selective.experts import evaluation_mode
 from trl_selective.functional.diversity import pass_at_k
 from trl_selective.grading import grade
@@ -84,21 +85,15 @@ def evaluate(
     Raises:
         ValueError: if there are no problems, no column `prompt`, no token to pad with, or a k beyond `num_samples`.
     """
-    if not len(dataset) or "prompt" not in dataset.column_names:
-        raise ValueError(
-            f"Expected problems with a column 'prompt', got {len(dataset)} rows with columns {dataset.column_names}."
-        )
+    check_problems(dataset)
     if not ks or min(ks) < 1 or max(ks) > num_samples:
         raise ValueError(f"pass@k needs 1 <= k <= num_samples = {num_samples}, got {list(ks)}. Draw more samples.")
-    if processing_class.pad_token_id is None or batch_size < 1:
-        raise ValueError(
-            f"Batches need a padding token and at least one row, got {processing_class.pad_token_id} and batch_size={batch_size}. Set "
-            "`processing_class.pad_token`, for instance to its `eos_token`."
-        )
+    check_batches(processing_class, batch_size)
     rows = dataset.select([problem for problem in range(len(dataset)) for _ in range(num_samples)])
     completions: list[str] = []
     completion_ids: list[list[int]] = []
     rewards: list[float | None] = []
+    ends = end_token_ids(model.generation_config, processing_class)
     devices = [] if model.device.type == "cpu" else [model.device]
     with evaluation_mode(model), torch.random.fork_rng(devices, device_type=model.device.type):
         torch.manual_seed(seed)
@@ -108,7 +103,7 @@ def evaluate(
                 model,
                 [encode_prompt(processing_class, prompt, chat_template_kwargs) for prompt in batch["prompt"]],
                 max_completion_length=max_completion_length,
-                eos_token_ids=end_token_ids(model, processing_class),
+                eos_token_ids=ends,
                 pad_token_id=processing_class.pad_token_id,
                 temperature=temperature,
             )
@@ -138,6 +133,6 @@ def evaluate(
 
 
 def _standard_error(values: Float[Tensor, "problems"]) -> float:
-    """Of the mean of `values`."""
+    """The standard error of the mean of `values`."""
     num = len(values)
     return ((values - values.mean()).square().sum() / (num * (num - 1))).sqrt().item()

@@ -2,6 +2,9 @@
 
 from dataclasses import dataclass
 
+from datasets import Dataset
+from transformers import PreTrainedTokenizerBase
+
 from trl_selective.sampling.unguided import seed_of
 
 
@@ -50,3 +53,28 @@ class SamplingProtocol:
         """1, 2, 4, ... up to the number of samples, and that."""
         powers = [2**i for i in range(self.num_samples.bit_length()) if 2**i < self.num_samples]
         return [*powers, self.num_samples]
+
+
+def check_problems(dataset: Dataset) -> None:
+    """Refuse a dataset that asks nothing.
+
+    Raises:
+        ValueError: if it has no rows, or no column `prompt`.
+    """
+    if not len(dataset) or "prompt" not in dataset.column_names:
+        raise ValueError(
+            f"Expected problems with a column 'prompt', got {len(dataset)} rows with columns {dataset.column_names}."
+        )
+
+
+def check_batches(tokenizer: PreTrainedTokenizerBase, batch_size: int) -> None:
+    """Refuse batches that cannot be made.
+
+    Raises:
+        ValueError: without a token to pad with, or without rows.
+    """
+    if tokenizer.pad_token_id is None or batch_size < 1:
+        raise ValueError(
+            f"Batches need a padding token and at least one row, got {tokenizer.pad_token_id} and batch_size={batch_size}. Set the "
+            "tokenizer's `pad_token`, for instance to its `eos_token`."
+        )

@@ -15,7 +15,7 @@ from tqdm.auto import tqdm
 from transformers import PreTrainedTokenizerBase
 
 from trl_selective.evaluation.backends import Backend
-from trl_selective.evaluation.protocol import SamplingProtocol
+from trl_selective.evaluation.protocol import SamplingProtocol, check_problems
 from trl_selective.grading import grade, reward_arguments
 from trl_selective.grading_pool import GradingPool, Verdict
 from trl_selective.resuming import check_settings, count_rows, to_json
@@ -60,10 +60,7 @@ def evaluate_to_file(
     Raises:
         ValueError: if the file is of other problems or settings, or if the rows have no prompt.
     """
-    if not len(dataset) or "prompt" not in dataset.column_names:
-        raise ValueError(
-            f"Expected problems with a column 'prompt', got {len(dataset)} rows with columns {dataset.column_names}."
-        )
+    check_problems(dataset)
     path = Path(path)
     path.parent.mkdir(parents=True, exist_ok=True)
     limits = {"correct_above": correct_above, "grading_timeout": grading_timeout}
@@ -71,8 +68,8 @@ def evaluate_to_file(
     template = {"chat_template_kwargs": dict(chat_template_kwargs or {})}
     check_settings(path, {**settings, **vars(protocol), **limits, **template, "reward_func": function})
     names = [name for name in ("prompt", "solution") if name in dataset.column_names]
-    known = dataset.select_columns(names)
-    done = count_rows(path, _Numbered(known))
+    known = [{"problem": number, **row} for number, row in enumerate(dataset.select_columns(names))]
+    done = count_rows(path, known)
 
     step = max(1, batch_size // protocol.num_samples)
     pool = GradingPool(reward_func, grading_timeout) if grading_timeout else None
@@ -94,22 +91,9 @@ def evaluate_to_file(
                 if number >= done:
                     part = slice(place * protocol.num_samples, (place + 1) * protocol.num_samples)
                     samples = {name: values[part] for name, values in columns.items()}
-                    file.write(to_json({"problem": number, **known[number], **samples}, number) + "\n")
+                    file.write(to_json({**known[number], **samples}, number) + "\n")
                     file.flush()
                     bar.update()
-
-
-class _Numbered:
-    """The rows of a dataset as a line of the file has them."""
-
-    def __init__(self, dataset: Dataset):
-        self.dataset = dataset
-
-    def __len__(self) -> int:
-        return len(self.dataset)
-
-    def __getitem__(self, number: int) -> dict[str, Any]:
-        return {"problem": number, **self.dataset[number]}
 
 
 def _sample(

@@ -13,7 +13,7 @@ from typing import Any
 
 from transformers import PreTrainedTokenizerBase
 
-from trl_selective.grading import PREVIEW, preview
+from trl_selective.reward_calls import PREVIEW, preview
 
 OVERLONG = ("drop", "truncate")
 
@@ -52,7 +52,7 @@ class CompletionReader:
         max_completion_length: tokens, the end token included.
         completions_column, logprobs_column, sources_column: names of the columns; the last two may be None.
         overlong: what becomes of longer completions: "drop", or "truncate" (they then have no end token, as a rollout that was cut off).
-        needs_logprobs: whether every completion must have its log-probabilities.
+        needs_logps: whether every completion must have its log-probabilities.
         render: turns a conversation into text as the policy sees it: `render(messages, add_generation_prompt)`.
 
     Attributes:
@@ -67,7 +67,7 @@ class CompletionReader:
     logprobs_column: str | None
     sources_column: str | None
     overlong: str
-    needs_logprobs: bool
+    needs_logps: bool
     render: Callable[[Sequence[Mapping], bool], str]
     num_read: int = field(default=0, init=False)
     num_overlong: int = field(default=0, init=False)
@@ -262,7 +262,7 @@ class CompletionReader:
 
     def _check_logps(self, logps: Any, token_ids: Collection[int], which: str) -> None:
         if logps is None:
-            if self.needs_logprobs:
+            if self.needs_logps:
                 raise ValueError(
                     f"{which} has no log-probabilities in {self.logprobs_column!r}, which injection_correction weighs it by. Give them, "
                     "leave the completion out, or give the trainer an `expert_model` that scores it."

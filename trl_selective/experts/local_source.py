@@ -44,7 +44,7 @@ class LocalSource:
     batch_size: int = 32
 
     def __post_init__(self):
-        self._ends = end_token_ids(self.model, self.tokenizer)
+        self._ends = end_token_ids(self.model.generation_config, self.tokenizer)
         if not self._ends:
             raise ValueError(
                 f"The expert {self.name!r} has no end token, so that no completion of it would be whole. Set `eos_token` of its tokenizer."
@@ -57,7 +57,7 @@ class LocalSource:
             logprobs_column=None,
             sources_column=None,
             overlong="truncate",  # a longer answer is an answer too; it has no log-probabilities, being other tokens than those drawn
-            needs_logprobs=False,
+            needs_logps=False,
             render=lambda messages, is_prompt: self.policy_tokenizer.apply_chat_template(
                 messages, tokenize=False, add_generation_prompt=is_prompt
             ),

@@ -66,23 +66,23 @@ def sequence_importance_weight(
     return weight(sequence_log_ratio(log_ratio, mask), max_ratio)
 
 
-def policy_shaping_weight(log_probs: Float[Tensor, "*shape"], gamma: float = 0.1) -> Float[Tensor, "*shape"]:
+def policy_shaping_weight(logps: Float[Tensor, "*shape"], gamma: float = 0.1) -> Float[Tensor, "*shape"]:
     """Gradient weight of LUFFY's policy shaping (arXiv:2504.14945): f(pi) = pi / (pi + gamma) gives pi f'(pi) = gamma pi / (pi + gamma)^2.
 
     It multiplies the gradient of log pi. It peaks at 1/4 where pi = gamma and vanishes at both ends: likely tokens are left alone, and so are
     hopeless ones.
 
     Args:
-        log_probs: log pi_theta of the token under the *current* policy.
+        logps: log pi_theta of the token under the *current* policy.
         gamma: > 0, a probability.
     """
-    probs = log_probs.exp()
+    probs = logps.exp()
     return gamma * probs / (probs + gamma).square()
 
 
 def injected_importance_weight(
-    log_probs: Float[Tensor, "batch seq"],
-    behaviour_log_probs: Float[Tensor, "batch seq"] | None,
+    logps: Float[Tensor, "batch seq"],
+    behaviour_logps: Float[Tensor, "batch seq"] | None,
     mask: Mask,
     correction: str,
     *,
@@ -102,22 +102,22 @@ def injected_importance_weight(
     Policy shaping takes pi_b as 1, as LUFFY does, and needs no log-probabilities of the expert.
 
     Args:
-        log_probs: log pi_theta of each token under the *current* policy, detached.
-        behaviour_log_probs: log pi_b of each token; None where the correction does without.
+        logps: log pi_theta of each token under the *current* policy, detached.
+        behaviour_logps: log pi_b of each token; None where the correction does without.
         mask: tokens of injected completions; all others, and rows without any, get the weight 1.
         gamma: of policy shaping, > 0, a probability.
         max_ratio: where a ratio is truncated.
     """
     if correction == "none":
-        return torch.ones_like(log_probs[:, :1])
+        return torch.ones_like(logps[:, :1])
     if correction == "policy_shaping":
-        return torch.where(mask.bool(), policy_shaping_weight(log_probs, gamma), 1.0)
+        return torch.where(mask.bool(), policy_shaping_weight(logps, gamma), 1.0)
     if correction == "sequence_policy_shaping":
-        mean = sequence_log_ratio(log_probs, mask) / mask.sum(-1, keepdim=True).clamp(min=1)
+        mean = sequence_log_ratio(logps, mask) / mask.sum(-1, keepdim=True).clamp(min=1)
         return torch.where(mask.bool().any(-1, keepdim=True), policy_shaping_weight(mean, gamma), 1.0)
-    assert behaviour_log_probs is not None, f"{correction} needs log-probabilities of the behaviour policy"
+    assert behaviour_logps is not None, f"{correction} needs log-probabilities of the behaviour policy"
     level = "sequence" if correction == "sequence_truncated" else "token"
-    return guided_importance_weight(log_probs - behaviour_log_probs, mask, f"{level}_truncate", max_ratio)
+    return guided_importance_weight(logps - behaviour_logps, mask, f"{level}_truncate", max_ratio)
 
 
 def effective_sample_size(weights: Float[Tensor, "*shape"]) -> Float[Tensor, ""]:

@@ -154,7 +154,7 @@ def describe(expert: Expert | ExpertServer | None, args: SelectiveGuidanceGRPOCo
 
 
 def link(name: str, revision: str | None) -> str | None:
-    """To a model on the Hub; None if it is not there."""
+    """A link to a model on the Hub; None if it is not there."""
     if (name := hub_id(name)) is None:
         return None
     return f"[{name}](https://huggingface.co/{name})" + (f" at revision `{revision}`" if revision else "")

@@ -13,6 +13,7 @@ from torch import Tensor
 
 from trl_selective.functional.advantages import nanstd
 from trl_selective.injection import Injection
+from trl_selective.reward_scale import BatchRewards
 from trl_selective.rollout import GuidedRollout
 
 
@@ -53,30 +54,15 @@ def policy_metrics(
     return {name: float(value) for name, value in metrics.items()}
 
 
-def reward_metrics(
-    sampled: Float[Tensor, "groups rows"],
-    rewards: Float[Tensor, "groups rows"],
-    is_guided: Bool[Tensor, "groups rows"],
-    is_injected: Bool[Tensor, "groups rows"],
-    was_correct: Bool[Tensor, "groups rows"],
-    is_correct: Bool[Tensor, "groups rows"],
-) -> dict[str, float]:
-    """Rewards of all kinds of rows apart, and the share of groups that guidance rescued.
-
-    Args:
-        sampled: total rewards of the rollouts.
-        rewards: the same with those of injected completions in their places.
-        is_guided: which rollouts were guided.
-        is_injected: which of all rows were replaced.
-        was_correct: which rollouts are right.
-        is_correct: the same with injected completions in their places.
-    """
-    rescued = (is_correct & (is_guided | is_injected)).any(1) & ~(was_correct & ~is_guided).any(1)
+def reward_metrics(rewards: BatchRewards) -> dict[str, float]:
+    """Rewards of all kinds of rows apart, and the share of groups that guidance rescued."""
+    sampled, is_guided, is_injected = rewards.sampled, rewards.is_guided, rewards.is_injected
+    is_helped = (rewards.is_correct & (is_guided | is_injected)).any(1)
     metrics = {
         "guidance/reward/on_policy": sampled[~is_guided].nanmean().item(),
-        "guidance/rescued_groups": rescued.float().mean().item(),
+        "guidance/rescued_groups": (is_helped & ~(rewards.was_correct & ~is_guided).any(1)).float().mean().item(),
     }
-    for kind, values in {"guided": sampled[is_guided], "injected": rewards[is_injected]}.items():
+    for kind, values in {"guided": sampled[is_guided], "injected": rewards.now[is_injected]}.items():
         if values.numel():
             metrics[f"guidance/reward/{kind}"] = values.nanmean().item()
     return metrics
@@ -85,7 +71,7 @@ def reward_metrics(
 def injection_metrics(
     injection: Injection, is_accepted: list[bool], num_groups: int, num_rows: int
 ) -> dict[str, float]:
-    """What was injected, why, and what came of earlier injections. Names as in the README; what there is no data for is left out.
+    """What was injected, why, and what came of earlier injections, by the names of docs/metrics.md; what there is no data for is left out.
 
     Args:
         injection: of all processes.
@@ -135,7 +121,7 @@ def rollout_sums(rollout: GuidedRollout) -> dict[str, float]:
         "weight": sum(map(sum, rollout.guidance_weights)),
         "expert_drawn": drawn,
         "drafted": rollout.num_drafted,
-        "accepted": rollout.num_tokens - drawn if rollout.num_drafted else 0,
+        "accepted": rollout.num_tokens - drawn,
         "policy_forwards": rollout.policy_forwards,
         "expert_forwards": rollout.expert_forwards,
         "ratio": ratio.sum().item(),
@@ -144,7 +130,7 @@ def rollout_sums(rollout: GuidedRollout) -> dict[str, float]:
 
 
 def rollout_metrics(sums: dict[str, float]) -> dict[str, float]:
-    """How the guided rollouts came about, from `rollout_sums` added up over processes. Names as in the README."""
+    """How the guided rollouts came about, from `rollout_sums` added up over processes, by the names of docs/metrics.md."""
     tokens = sums["tokens"]
     metrics = {
         "guidance/completions/mean_length": tokens / sums["rows"],

@@ -15,7 +15,6 @@
 """
 
 import math
-import os
 import re
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
@@ -26,6 +25,7 @@ from typing import Any
 import pyarrow as pa
 import pyarrow.parquet as pq
 
+from trl_selective.resuming import replacing
 from trl_selective.rollout import GuidedRollout
 
 FOLDER = "rollouts"
@@ -50,7 +50,6 @@ COLUMNS = {
     "selector": pa.string(),
     "score": pa.float64(),
 }
-KINDS = ("on_policy", "guided", "injected")
 
 
 @dataclass
@@ -137,7 +136,7 @@ def rollout_rows(
     chosen = {name: batch.extra.get(f"injection_{name}", nothing) for name in ("source", "selector", "score")}
     rows = []
     for number, prompt in enumerate(batch.prompts):
-        kind = KINDS[2] if injected[number] else KINDS[1] if guided[number] else KINDS[0]
+        kind = "injected" if injected[number] else "guided" if guided[number] else "on_policy"
         group, row = divmod(number, batch.num_generations)
         if row == 0:
             shown = prompt if isinstance(prompt, str) else render(prompt)
@@ -191,9 +190,8 @@ def write_rollouts(rows: Sequence[dict[str, Any]], folder: str | Path) -> Path:
     path.parent.mkdir(parents=True, exist_ok=True)
     functions = {name: pa.float64() for row in rows for name in row if name.startswith("rewards/")}
     schema = pa.schema([*COLUMNS.items(), *functions.items()])
-    partial = path.with_suffix(".partial")
-    pq.write_table(pa.Table.from_pylist([_storable(row) for row in rows], schema), partial, compression="zstd")
-    os.replace(partial, path)
+    with replacing(path) as partial:
+        pq.write_table(pa.Table.from_pylist([_storable(row) for row in rows], schema), partial, compression="zstd")
     return path
 
 

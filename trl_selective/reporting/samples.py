@@ -42,7 +42,7 @@ def _text_files(path: Path) -> list[Path]:
 
 
 def as_text(completion: Any) -> str:
-    """Of a text, or of a conversation: the contents of its messages."""
+    """A text as it is; of a conversation, the contents of its messages."""
     if isinstance(completion, str):
         return completion
     contents = [message.get("content") for message in completion]
@@ -60,7 +60,7 @@ def _read_texts(path: Path) -> list[str]:
 
 
 def _texts(value: Any, is_one: bool) -> list[str]:
-    """Of one completion, or of several; an expert's single completion, a text or a conversation, may stand alone."""
+    """The texts of one completion, or of several; an expert's single completion, a text or a conversation, may stand alone."""
     is_one = is_one or isinstance(value, str) or (len(value) > 0 and isinstance(value[0], Mapping))
     return [as_text(value)] if is_one else [as_text(each) for each in value]
 

@@ -68,10 +68,10 @@ def write_viewer_of_run(folder: str | Path, path: str | Path, max_rollouts: int 
         ValueError: if the folder has no rollouts.
     """
     recorded = recorded_steps(folder)
-    steps = _spread(recorded, max_rollouts // num_recorded(folder, recorded[0])) if recorded else None
+    steps = _spread(recorded, max_rollouts // num_recorded(folder, recorded[0])) if recorded else []
     rollouts = read_rollouts(folder, steps)
     write_viewer(rollouts, path, title=Path(folder).resolve().name, num_recorded_steps=len(recorded))
-    return steps or []
+    return steps
 
 
 def add_command(commands: argparse._SubParsersAction) -> None:

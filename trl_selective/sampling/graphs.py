@@ -117,7 +117,7 @@ class GraphedModel(CachedModel):
         super().keep_columns(columns)
 
     def _drop_static(self) -> None:
-        """From here on the cache is what it says it is."""
+        """Leave the graphs: cut the cache to its text, and drop the dead rows."""
         if self._static is None:
             return
         for layer in self.cache.layers:
@@ -204,7 +204,7 @@ class StaticForward:
         return self._forward(width) if self.is_ready(width) else self._prepare(width)
 
     def join(self) -> None:
-        """What comes next on the device waits for what was read aside."""
+        """Make what is queued next on the device wait for the forward that was begun aside."""
         if self._stream is not None:
             torch.cuda.current_stream(self._stream.device).wait_stream(self._stream)
 

@@ -43,7 +43,7 @@ def loses_its_state(config: PretrainedConfig) -> bool:
 
 
 def _layer_kinds(config: PretrainedConfig) -> set[type]:
-    """Of the cache that Transformers makes for this model."""
+    """The types of the layers in the cache that Transformers makes for this model."""
     return {type(layer) for layer in DynamicCache(config=config).layers}
 
 
@@ -66,7 +66,7 @@ def fixed_arguments(model: nn.Module) -> dict[str, Any]:
 
 
 def _parameters(model: nn.Module) -> Mapping[str, inspect.Parameter]:
-    """Of the model's forward, seen through PEFT, compilation, and wrappers that take whatever it takes."""
+    """The parameters of the model's forward, seen through PEFT, compilation, and wrappers that take whatever it takes."""
     model = getattr(model, "get_base_model", lambda: model)()
     parameters = inspect.signature(getattr(model, "_orig_mod", model).forward).parameters
     is_opaque = all(p.kind in (p.VAR_POSITIONAL, p.VAR_KEYWORD) for p in parameters.values())

@@ -34,6 +34,9 @@ class GuidedSampler(ABC):
         policy_vocab_size: ids from here on are never drawn; None for `vocab_size`. The expert must be able to read all others.
         pad_token_id: any valid id, for padding.
         first_token_from_expert: draw the first token of every completion from the expert alone, as the paper's released code does.
+
+    Raises:
+        ValueError: for settings out of range, and for models whose cache cannot be used.
     """
 
     def __init__(

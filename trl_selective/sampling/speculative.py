@@ -32,6 +32,9 @@ class SpeculativeSampler(GuidedSampler):
         draft_length: K, or None to choose it by measurement (`Lookahead`).
         max_draft_length: upper bound of a chosen K.
         kwargs: as for `GuidedSampler`.
+
+    Raises:
+        ValueError: as `GuidedSampler`, and for models that cannot take rejected tokens back.
     """
 
     def __init__(self, policy, expert, *, draft_length: int | None = None, max_draft_length: int = 16, **kwargs):

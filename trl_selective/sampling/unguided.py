@@ -3,13 +3,11 @@
 import random
 from collections.abc import Collection, Mapping, Sequence
 from contextlib import contextmanager
-from functools import partial
 from typing import Any
 
 import torch
 from jaxtyping import Float
 from torch import Tensor
-from torch.nn.utils.rnn import pad_sequence
 from transformers import (
     GenerationConfig,
     LogitsProcessor,
@@ -21,6 +19,7 @@ from transformers import (
 
 from trl_selective.grading import Conversation
 from trl_selective.sampling.draw import inverse_cdf
+from trl_selective.sampling.kv import left_pad
 
 
 def encode_prompt(
@@ -36,9 +35,9 @@ def encode_prompt(
     return tokenizer(text=text, add_special_tokens=False)["input_ids"]
 
 
-def end_token_ids(model, tokenizer: PreTrainedTokenizerBase) -> list[int]:
-    """Ids that end an answer of the model: those of its generation config, and its tokenizer's."""
-    ends = model.generation_config.eos_token_id
+def end_token_ids(generation_config: GenerationConfig, tokenizer: PreTrainedTokenizerBase) -> list[int]:
+    """Ids that end an answer of a model: those of its generation config, and its tokenizer's."""
+    ends = generation_config.eos_token_id
     return sorted({*(ends if isinstance(ends, list) else [ends]), tokenizer.eos_token_id} - {None})
 
 
@@ -77,10 +76,7 @@ def sample_completions(
         uniforms: one number in [0, 1) for each token, so that a row draws the same tokens in any company (to rounding); None for torch's
             global generator.
     """
-    texts = [torch.tensor(ids) for ids in prompt_ids]
-    pad = partial(pad_sequence, batch_first=True, padding_side="left")
-    input_ids = pad(texts, padding_value=pad_token_id).to(model.device)
-    mask = pad([torch.ones_like(text) for text in texts]).to(model.device)
+    input_ids, mask = left_pad(prompt_ids, pad_token_id, model.device)
     law: dict[str, Any] = {"do_sample": True, "temperature": temperature, "top_k": 0, "top_p": top_p}
     processors = LogitsProcessorList()
     if temperature == 0:
