@@ -20,11 +20,11 @@ SAMPLING = Sampling(num_completions=3, max_completion_length=18, temperature=1.5
 TEMPLATE = "{% for m in messages %}{{ m['content'] }}{% if m['role'] == 'assistant' %}<eos>{% endif %} {% endfor %}"
 
 
-def make_source(sampling=SAMPLING, name="expert", chat_template=None):
+def make_source(sampling=SAMPLING, name="expert", chat_template=None, **settings):
     tokenizer = AutoTokenizer.from_pretrained(EXPERT)
     tokenizer.chat_template = chat_template
     expert = load_expert(EXPERT, torch.device("cpu"))
-    return LocalSource(expert, tokenizer, name, sampling, policy_tokenizer=tokenizer, batch_size=9)
+    return LocalSource(expert, tokenizer, name, sampling, policy_tokenizer=tokenizer, batch_size=9, **settings)
 
 
 @pytest.fixture(scope="module")
@@ -125,6 +125,16 @@ def test_the_reader_takes_it_as_it_is(unbroken, tmp_path, is_chat):
     assert {each.source for each in found} == {"expert"}
 
 
+def test_the_experts_chat_template_gets_its_arguments():
+    def answers(prompt: str, template: str, **settings) -> list:
+        source = make_source(chat_template=template, **settings)
+        return list(source.complete([[{"role": "user", "content": prompt}]] * 3, 0))
+
+    expected = answers("7 8 0 > 21 :", TEMPLATE)
+    assert answers("0 > 21 :", "{{ walls }}" + TEMPLATE, chat_template_kwargs={"walls": "7 8 "}) == expected
+    assert answers("0 > 21 :", "{{ walls }}" + TEMPLATE) != expected
+
+
 def test_only_what_is_right_can_be_kept(unbroken, source, tmp_path):
     tally = collect(ROWS, source, Verifier([path_reward]), tmp_path / "out.jsonl", only_above=0.5)
     for line, everything in zip(
@@ -216,6 +226,7 @@ def test_a_file_of_other_rows_is_refused_and_left_alone(unbroken, source, tmp_pa
     [
         ({"source": make_source(replace(SAMPLING, temperature=0.7))}, "with temperature=1.5 according to .out.jsonl.settings, got 0.7"),
         ({"source": make_source(replace(SAMPLING, seed=1))}, "with seed=0"),
+        ({"source": make_source(chat_template_kwargs={"enable_thinking": False})}, "with chat_template_kwargs={}"),
         ({"source": make_source(name="other")}, "with expert='expert' according to .out.jsonl.settings, got 'other'"),
         ({"verifier": Verifier([])}, "with verifier={'path_reward': 1.0}"),
         ({"only_above": 0.5}, "with only_above=None"),

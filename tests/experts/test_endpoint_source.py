@@ -49,6 +49,20 @@ def test_the_served_expert_answers(is_chat):
     assert {body["model"] for body in bodies} == {"some/expert"}
 
 
+@pytest.mark.parametrize(
+    ("prompt", "sent"),
+    [("a", None), ([{"role": "user", "content": "a"}], {"enable_thinking": False})],
+    ids=["text", "chat"],
+)
+def test_the_chat_template_of_the_server_gets_its_arguments(prompt, sent):
+    with Endpoint(canned) as endpoint:
+        client = endpoint_client(endpoint.url, timeout=20, max_retries=0)
+        source = EndpointSource(client, "some/expert", SAMPLING, chat_template_kwargs={"enable_thinking": False})
+        list(source.complete([prompt], 0))
+    assert {str(body.get("chat_template_kwargs")) for _, body in endpoint.requests} == {str(sent)}
+    assert source.settings["chat_template_kwargs"] == {"enable_thinking": False}
+
+
 def test_order_is_kept_and_requests_are_few_at_once():
     at_once, most, lock = 0, 0, threading.Lock()
 

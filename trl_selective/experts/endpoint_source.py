@@ -3,7 +3,7 @@ kept: its tokenizer is not the policy's, as a rule.
 """
 
 from collections import deque
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from typing import Any
 
@@ -25,16 +25,19 @@ class EndpointSource:
         name: of the model, there and in the dataset.
         sampling: how it draws; seeds are sent along, and kept as far as the server keeps them.
         concurrency: requests at once.
+        chat_template_kwargs: further arguments of the server's chat template, for conversations, sent along as vLLM and SGLang take them.
     """
 
     client: Any
     name: str
     sampling: Sampling
     concurrency: int = 16
+    chat_template_kwargs: Mapping[str, Any] | None = None
 
     @property
     def settings(self) -> dict[str, Any]:
-        return {"expert": self.name, **asdict(self.sampling)}
+        template = {"chat_template_kwargs": dict(self.chat_template_kwargs or {})}
+        return {"expert": self.name, **asdict(self.sampling), **template}
 
     def complete(self, prompts: Sequence[str | Conversation], first: int) -> Iterator[list[Completion]]:
         """The completions of each prompt from index `first` on, in order.
@@ -78,6 +81,8 @@ class EndpointSource:
         length = self.sampling.max_completion_length
         if isinstance(prompt, str):
             return self.client.completions.create(prompt=prompt, max_tokens=length, **settings)
+        if self.chat_template_kwargs:
+            settings["extra_body"] = {"chat_template_kwargs": dict(self.chat_template_kwargs)}
         return self.client.chat.completions.create(messages=prompt, max_completion_tokens=length, **settings)
 
     def _failure(self, row: int, reason: str) -> ExpertServerError:

@@ -1,6 +1,6 @@
 """Whole completions of an expert in this process, with their log-probabilities."""
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from itertools import compress
 from typing import Any
@@ -31,6 +31,7 @@ class LocalSource:
         sampling: how it draws.
         policy_tokenizer: log-probabilities are given where this tokenizer reads a text as the tokens that were drawn.
         batch_size: completions generated at once, but never fewer than those of one prompt.
+        chat_template_kwargs: further arguments of the expert's chat template, for conversations.
 
     Raises:
         ValueError: if the expert has no end token.
@@ -42,6 +43,7 @@ class LocalSource:
     sampling: Sampling
     policy_tokenizer: PreTrainedTokenizerBase
     batch_size: int = 32
+    chat_template_kwargs: Mapping[str, Any] | None = None
 
     def __post_init__(self):
         self._ends = end_token_ids(self.model.generation_config, self.tokenizer)
@@ -66,7 +68,8 @@ class LocalSource:
     @property
     def settings(self) -> dict[str, Any]:
         policy = {"policy_tokenizer": self.policy_tokenizer.name_or_path, "eos_token": self.policy_tokenizer.eos_token}
-        return {"expert": self.name, **policy, **asdict(self.sampling)}
+        template = {"chat_template_kwargs": dict(self.chat_template_kwargs or {})}
+        return {"expert": self.name, **policy, **asdict(self.sampling), **template}
 
     def complete(self, prompts: Sequence[str | Conversation], first: int) -> Iterator[list[Completion]]:
         """The completions of each prompt from index `first` on, in order.
@@ -86,7 +89,7 @@ class LocalSource:
         """The completions of a batch of prompts, of which the first is that of row `start`."""
         num, temperature = self.sampling.num_completions, self.sampling.temperature
         rows = [row for row in range(len(prompts)) for _ in range(num)]
-        prompt_ids = [encode_prompt(self.tokenizer, prompts[row]) for row in rows]
+        prompt_ids = [encode_prompt(self.tokenizer, prompts[row], self.chat_template_kwargs) for row in rows]
         shape = self.sampling.num_completions, self.sampling.max_completion_length
         drawn = sample_completions(
             self.model,
