@@ -276,6 +276,20 @@ def test_a_completion_that_is_no_better_than_the_group_stays_out():
     assert rows_of(kept) == [3, 7, 11, 15, 19, 23]
 
 
+@pytest.mark.parametrize("selector", ["first", "reward_gain"])
+@pytest.mark.parametrize("size", range(2, 17))
+def test_a_completion_that_exceeds_the_group_by_rounding_stays_out(size, selector):
+    """All have the same reward, whose mean in float32 is below it for many a size of a group. One ten-thousandth more is no rounding."""
+    weights = torch.tensor([0.9, 0.1])
+    reward = (weights @ torch.tensor([0.2, 0.0])).item()
+    injector = make_injector(Always(), selector, reward_weights=weights)
+    batch = make_batch([[reward] * size])
+    injection = injector.choose(batch, lambda pairs, num_rows: torch.tensor([[0.2, 0.0]] * len(pairs)), never)
+    assert injection.injected == []
+    injection = injector.choose(batch, lambda pairs, num_rows: torch.tensor([[0.2001, 0.0]] * len(pairs)), never)
+    assert len(injection.injected) == 1
+
+
 def test_a_better_one_takes_the_place_that_a_failed_one_leaves():
     batch = make_batch([[0.0, 0.0, 0.0, 0.4]], expert=[["0", "9"]])
     assert rows_of(inject(make_injector(per_group=2), batch)) == [None, 2]

@@ -7,7 +7,9 @@ import os
 import shutil
 import subprocess
 import sys
+import warnings
 
+import peft
 import pytest
 import torch
 from datasets import Dataset
@@ -75,6 +77,23 @@ def test_a_fresh_adapter_equals_its_base_and_a_trained_one_does_not(tmp_path, sa
     assert logged(trainer, "guidance/importance_ratio/mean")[0] == pytest.approx(1.0, abs=1e-6)
     assert any(map(any, second.expert_drawn))
     assert torch.cat(second.log_ratios()).abs().max() > 1e-2
+
+
+def test_a_new_adapter_is_warned_of_a_base_that_it_equals(tmp_path):
+    problem = "the expert changes no token until training has moved the policy"
+    with pytest.warns(UserWarning, match=problem):
+        shared(tmp_path / "base")
+    with warnings.catch_warnings(record=True) as found:
+        warnings.simplefilter("always")
+        shared(tmp_path / "adapter", expert_model=save_adapter(tmp_path / "expert"))
+    assert not any(problem in str(warning.message) for warning in found)
+
+
+def test_an_adapter_that_truncates_its_base_is_refused(tmp_path):
+    if not hasattr(peft, "KasaConfig"):
+        pytest.skip("this PEFT has no KaSA")
+    with pytest.raises(ValueError, match="The policy's adapter has kasa_config=KasaConfig.*changes the base model"):
+        shared(tmp_path, lora={"kasa_config": peft.KasaConfig()})
 
 
 def test_the_base_has_the_head_of_the_policy(tmp_path):

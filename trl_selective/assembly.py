@@ -58,6 +58,12 @@ def needs_expert(args: TrainingArguments, arguments: dict[str, Any], expert_mode
 
     if getattr(args, "num_guided_generations", 0):
         check("num_guided_generations > 0", "set num_guided_generations=0 for plain GRPO")
+        if shares_base and not expert_model and arguments.get("peft_config"):
+            warnings.warn(
+                "The policy's base model guides its new adapter: both are the same model, so that the expert changes no token until training has moved "
+                "the policy, and then leads it back. Name another adapter of the base as expert_model.",
+                stacklevel=3,
+            )
         return True
     if getattr(args, "injection_needs_expert_logps", False):
         if is_given or args.expert_logprobs_column is None:

@@ -78,8 +78,8 @@ def _check_both(args: Any) -> None:
 
 def _check_guided(args: Any) -> None:
     truncating = {
-        "top_p": args.top_p not in (None, 1.0),
-        "top_k": bool(args.top_k) and args.top_k > 0,
+        "top_p": args.top_p != 1.0,  # None is whatever the model's generation config has
+        "top_k": args.top_k is None or args.top_k > 0,
         "min_p": bool(args.min_p),
         "repetition_penalty": args.repetition_penalty != 1.0,
     }

@@ -31,6 +31,7 @@ from trl_selective.selection import (
 )
 
 REPLACEABLE = ("worst", "last")
+ROUNDING = 1e-6  # by which sums and means of rewards may be off, of their size
 
 Score = Callable[[Sequence[tuple[int, ExpertCompletion]], int], Float[Tensor, "completions funcs"]]
 PolicyLogps = Callable[[Sequence[Sequence[int]], Sequence[Sequence[int]]], list[Tensor]]
@@ -313,7 +314,8 @@ class Injector:
             rewards = score_at([(group, index) for group, found in candidates.items() for index in range(len(found))])
             for group, found in candidates.items():
                 given = torch.tensor([rewards[group, index] for index in range(len(found))])
-                found.gains = (total_reward(given, self.reward_weights) - batch.own_means[group]).tolist()
+                totals = total_reward(given, self.reward_weights).tolist()
+                found.gains = [_gain(total, batch.own_means[group]) for total in totals]
         picks = [
             (group, pick)
             for group, found in candidates.items()
@@ -349,8 +351,8 @@ class Injector:
         spare = {choice.group: self._spare_slots(batch, choice.group) for choice in choices}
         placed = []
         for choice, total in zip(choices, totals, strict=True):
-            row, excess = None, total - batch.own_means[choice.group]
-            if excess > 0 or (self.keep_failed and not math.isnan(excess)):
+            row, gain = None, _gain(total, batch.own_means[choice.group])
+            if gain > 0 or (self.keep_failed and not math.isnan(gain)):
                 row = choice.group * batch.num_generations + spare[choice.group].pop(0)
             placed.append(replace(choice, row=row))
         return placed
@@ -396,6 +398,11 @@ class Injector:
         self.memory.load_state_dict(state["memory"])
         for learner, learnt in zip(learners, state["learners"], strict=True):
             learner.model.load_state_dict(learnt)
+
+
+def _gain(total: float, mean: float) -> float:
+    """How far a total reward exceeds the mean of a group: 0 where the two differ by rounding, as the mean of equal rewards may from them."""
+    return 0.0 if math.isclose(total, mean, rel_tol=ROUNDING) else total - mean
 
 
 def _spared_first(reward: float, is_guided: bool) -> tuple[float, bool]:

@@ -1,10 +1,11 @@
 """What a dataset's column of expert completions becomes, and what is refused with the row's name."""
 
 import re
+import warnings
 
 import pytest
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
-from transformers import AutoTokenizer, PreTrainedTokenizerFast
+from transformers import AutoTokenizer, LlamaTokenizer, PreTrainedTokenizerFast
 
 from tests.training import POLICY
 from trl_selective.experts import CompletionReader, ExpertCompletion
@@ -231,6 +232,64 @@ def test_conversations_alone_or_several(chat):
 def test_a_template_that_ends_no_message(chat):
     found = token_ids(make_reader(chat, WITHOUT_END).read(row_of(assistant("4"), prompt=QUESTION)))
     assert chat.decode(found[0]) == "4\n<|im_end|>"
+
+
+@pytest.fixture(scope="module")
+def pieces() -> LlamaTokenizer:
+    """As Llama 2, Mistral and TinyLlama have it: a blank is put before the first word of what is read."""
+    words = ["\N{LOWER ONE EIGHTH BLOCK}".join(("", word)) for word in ("The", "answer", "is", "4", "2", "+", "[/INST]")]
+    vocabulary = ["<unk>", "<s>", "</s>", *(f"<0x{byte:02X}>" for byte in range(256))]
+    merges = []
+    for word in [*words, "The", "assistant"]:
+        vocabulary += word
+        for end in range(1, len(word)):
+            merges.append((word[:end], word[end]))
+            vocabulary.append(word[: end + 1])
+    vocab = {token: number for number, token in enumerate(dict.fromkeys(vocabulary))}
+    return LlamaTokenizer(vocab=vocab, merges=list(dict.fromkeys(merges)))
+
+
+LLAMA_2 = (
+    "{% for m in messages %}{% if m.role == 'user' %}<s>[INST] {{ m.content }} [/INST]{% elif m.role == 'assistant' %} {{ m.content }}</s>"
+    "{% endif %}{% endfor %}"
+)
+ZEPHYR = (
+    "{% for m in messages %}<|{{ m.role }}|>\n{{ m.content }}</s>\n{% endfor %}{% if add_generation_prompt %}<|assistant|>\n{% endif %}"
+)
+
+
+@pytest.mark.parametrize("template", [LLAMA_2, ZEPHYR], ids=["llama_2", "zephyr"])
+def test_an_answer_has_the_tokens_that_it_has_in_its_conversation(pieces, template):
+    reader = make_reader(pieces, template)
+    messages = [*QUESTION, *assistant("The answer is 4")]
+    shown = [reader.render(messages[:-1], True), reader.render(messages, False)]
+    prompt_ids, ids = pieces(text=shown, add_special_tokens=False)["input_ids"]
+    assert ids[: len(prompt_ids)] == prompt_ids
+    (found,) = reader.read(row_of([messages[-1:]], prompt=QUESTION))
+    assert [*prompt_ids, *found.token_ids] == ids[: len(prompt_ids) + len(found.token_ids)]
+    assert found.token_ids[-1] == pieces.eos_token_id
+    is_blank_before = pieces.convert_ids_to_tokens(found.token_ids[0]).startswith("\N{LOWER ONE EIGHTH BLOCK}")
+    assert is_blank_before is (template == LLAMA_2)
+
+
+@pytest.mark.parametrize("prompt", ["2 + 2\n", "2 + 2 is ", "2 + 2: Th"], ids=["new_line", "blank", "within_a_word"])
+def test_no_blank_comes_between_a_text_and_its_prompt(pieces, prompt):
+    """Also where the last letters of the prompt would merge with the first ones of the answer."""
+    (found,) = make_reader(pieces).read(row_of(["The answer"], prompt=prompt))
+    ids = [*pieces(prompt)["input_ids"], *found.token_ids]
+    assert pieces.decode(ids, skip_special_tokens=True) == f"{prompt}The answer"
+
+
+@pytest.mark.parametrize("eos_token_id", [0, 2])
+def test_two_ends_are_warned_of(chat, eos_token_id):
+    """A base model whose end token is not that of its chat template."""
+    reader = make_reader(chat, eos_token_ids=[eos_token_id])
+    rows = [row_of([assistant("It is 4.")], prompt=QUESTION)]
+    with warnings.catch_warnings(record=True) as said:
+        warnings.simplefilter("always")
+        reader.check(rows)
+    expected = "end with '<|im_end|>', which ends no rollout of the policy, so that its end token '<|endoftext|>' is put behind it"
+    assert [expected in str(each.message) for each in said] == [True] * (eos_token_id == 0)
 
 
 def test_an_answer_that_goes_on_with_the_opened_thought(chat):

@@ -7,7 +7,7 @@ import pytest
 import torch
 import transformers
 from packaging.version import Version
-from peft import PrefixTuningConfig, get_peft_model
+from peft import LoraConfig, PrefixTuningConfig, get_peft_model
 
 from tests.models import FORGETFUL, MINDFUL, AllLogits, Opaque, tiny_adapter, tiny_model
 from tests.sampling.reference import PROMPTS, Guidance, assert_recorded, expected_record, fresh_probs
@@ -129,6 +129,15 @@ def test_virtual_tokens_are_refused(role):
     config = PrefixTuningConfig(task_type="CAUSAL_LM", num_virtual_tokens=3)
     models = [get_peft_model(tiny_model(1), config), tiny_model(2)]
     with pytest.raises(ValueError, match=f"The {role} has a PrefixTuningConfig adapter.*such as LoRA"):
+        RAMP.sampler("stepwise", *(models if role == "policy" else models[::-1]))
+
+
+@pytest.mark.parametrize("role", ["policy", "expert"])
+def test_an_adapter_that_waits_for_its_invocation_is_refused(role):
+    """In a block without the invocation it is off: log pi would be wrong by up to 4."""
+    config = LoraConfig(task_type="CAUSAL_LM", target_modules=["q_proj"], alora_invocation_tokens=[3, 4])
+    models = [get_peft_model(tiny_model(1), config), tiny_model(2)]
+    with pytest.raises(ValueError, match=f"The {role} has an adapter with alora_invocation_tokens.*Use LoRA without"):
         RAMP.sampler("stepwise", *(models if role == "policy" else models[::-1]))
 
 

@@ -6,6 +6,7 @@ policy's own tokenizer and chat template, behind exactly the prompt that the pol
 
 import hashlib
 import math
+import warnings
 from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
@@ -91,7 +92,9 @@ class CompletionReader:
                 self.read(row, name)
             texts = self._texts(row, name)
             self._sources(row, len(texts), name)
-            is_any = is_any or bool(texts)
+            if texts and not is_any:
+                is_any = True
+                self._warn_of_two_ends(texts[0])
         if not is_any:
             raise ValueError(
                 f"No row has a completion in the column {self.completions_column!r}: nothing could ever be injected. Fill it, or set "
@@ -194,6 +197,17 @@ class CompletionReader:
             raise ValueError(f"{where} has texts and conversations in {self.completions_column!r}, expected one kind.")
         return list(value)
 
+    def _warn_of_two_ends(self, text: str) -> None:
+        """A base model often ends with another token than its chat template."""
+        last = next((token for token in self._special_tokens if text.rstrip().endswith(token)), None)
+        if last is not None and self.tokenizer.convert_tokens_to_ids(last) not in self.eos_token_ids:
+            end = self.tokenizer.decode(self.eos_token_ids[0])
+            warnings.warn(
+                f"Expert completions end with {last!r}, which ends no rollout of the policy, so that its end token {end!r} is put behind it: the policy "
+                f"learns to write both. Set `eos_token` of its tokenizer (processing_class) to {last!r}, or leave {last!r} out of the completions.",
+                stacklevel=5,
+            )
+
     def _check_conversation(self, row: Mapping[str, Any], completion: Sequence[Mapping], which: str) -> None:
         if isinstance(row["prompt"], str):
             raise ValueError(
@@ -253,12 +267,27 @@ class CompletionReader:
         """Token ids of each text up to its end token, which is appended where there is none."""
         if not texts:
             return []
-        rows = self.tokenizer(text=texts, add_special_tokens=False, return_attention_mask=False)["input_ids"]
+        lead, *rows = self._ids([self._lead, *(self._lead + text for text in texts)])
+        rows = [
+            ids[len(lead) :] if ids[: len(lead)] == lead else self._ids([text])[0]
+            for ids, text in zip(rows, texts, strict=True)
+        ]
         ends = [next((i for i, token in enumerate(ids) if token in self.eos_token_ids), None) for ids in rows]
         return [
             [*ids, self.eos_token_ids[0]] if end is None else ids[: end + 1]
             for ids, end in zip(rows, ends, strict=True)
         ]
+
+    @cached_property
+    def _lead(self) -> str:
+        """What is read before each text: a new line, if the tokenizer puts a blank before the first word of whatever it reads, as those of SentencePiece's
+        kind do, since no blank stands between prompt and completion; else nothing."""
+        head, whole, word = self._ids(["\n", "\na", "a"])
+        adds_blank = whole[: len(head)] == head and whole[len(head) :] not in ([], word)
+        return "\n" if adds_blank else ""
+
+    def _ids(self, texts: list[str]) -> list[list[int]]:
+        return self.tokenizer(text=texts, add_special_tokens=False, return_attention_mask=False)["input_ids"]
 
     def _check_logps(self, logps: Any, token_ids: Collection[int], which: str) -> None:
         if logps is None:

@@ -107,9 +107,14 @@ def _put_on(base: PreTrainedModel, adapter: str | os.PathLike, revision: str | N
 
 def _check_leaves_base_alone(config: PeftConfig, whose: str) -> None:
     bias, start = getattr(config, "bias", "none"), getattr(config, "init_lora_weights", True)
-    settings = {"bias": bias not in ("none", False), "init_lora_weights": str(start).startswith(MOVES_BASE)}
+    settings = {
+        "bias": bias not in ("none", False),
+        "init_lora_weights": str(start).startswith(MOVES_BASE),
+        "kasa_config": getattr(config, "kasa_config", None) is not None,
+        "layer_replication": getattr(config, "layer_replication", None) is not None,
+    }
     if changed := [f"{name}={getattr(config, name)!r}" for name, is_on in settings.items() if is_on]:
         raise ValueError(
-            f"The {whose}'s adapter has {', '.join(changed)}, which changes parameters of the base model that policy and expert would share. Use an "
+            f"The {whose}'s adapter has {', '.join(changed)}, which changes the base model that policy and expert would share. Use an "
             "adapter that leaves the base alone, or load the expert as a model of its own: expert_model_shares_base=False."
         )

@@ -62,6 +62,11 @@ class GuidedSampler(ABC):
                     f"The {name} has a {type(adapter).__name__} adapter, whose virtual tokens replace the cache that guided sampling needs. "
                     "Use an adapter that changes weights, such as LoRA."
                 )
+            if getattr(adapter, "alora_invocation_tokens", None):
+                raise ValueError(
+                    f"The {name} has an adapter with alora_invocation_tokens, which it looks for in whole texts, but guided sampling reads them block "
+                    "by block: the adapter would be off. Use LoRA without invocation tokens."
+                )
             if model is not None and not has_attention(model.config):
                 raise ValueError(
                     f"The {name} ({type(model).__name__}) has recurrent layers alone, but guided sampling needs a cache that attention fills. Use "
