@@ -21,7 +21,7 @@ an interruption, the same command goes on from there.
 from dataclasses import dataclass, field
 from pathlib import Path
 
-from command_line import RecipeParser
+from command_line import RecipeParser, setting
 from selective_grpo import ScriptArguments, choose_split, load_reward, load_splits, load_tokenizer
 from transformers import AutoTokenizer
 from trl import ModelConfig
@@ -48,26 +48,17 @@ class CollectArguments:
     expert_model_name_or_path: str = field(
         metadata={"help": "Hub id or folder of the expert, or the name under which the endpoint serves it."}
     )
-    policy_tokenizer_name_or_path: str | None = field(
-        default=None,
-        metadata={
-            "help": "Hub id or folder of the policy, whose tokens log-probabilities are for; default: the expert's."
-        },
+    policy_tokenizer_name_or_path: str | None = setting(
+        "Hub id or folder of the policy, whose tokens log-probabilities are for; default: the expert's."
     )
-    reward_weights: list[float] | None = field(
-        default=None, metadata={"help": "One for each of `reward_funcs`; all 1 by default."}
-    )
-    only_above: float | None = field(
-        default=None, metadata={"help": "Keep only completions with a total reward above this; 0.5 for right ones."}
-    )
-    dtype: str | None = field(
-        default=None, metadata={"help": "Of the expert; default: bfloat16 on accelerators, float32 on CPUs."}
-    )
-    batch_size: int = field(default=32, metadata={"help": "Completions generated at once."})
-    base_url: str | None = field(default=None, metadata={"help": "Of an endpoint, such as http://localhost:8000/v1."})
-    concurrency: int = field(default=16, metadata={"help": "Requests to the endpoint at once."})
-    timeout: float = field(default=600, metadata={"help": "Seconds that a request may take."})
-    max_retries: int = field(default=5, metadata={"help": "Of a request that fails for a reason that may pass."})
+    reward_weights: list[float] | None = setting("One for each of `reward_funcs`; all 1 by default.")
+    only_above: float | None = setting("Keep only completions with a total reward above this; 0.5 for right ones.")
+    dtype: str | None = setting("Of the expert; default: bfloat16 on accelerators, float32 on CPUs.")
+    batch_size: int = setting("Completions generated at once.", 32)
+    base_url: str | None = setting("Of an endpoint, such as http://localhost:8000/v1.")
+    concurrency: int = setting("Requests to the endpoint at once.", 16)
+    timeout: float = setting("Seconds that a request may take.", 600)
+    max_retries: int = setting("Of a request that fails for a reason that may pass.", 5)
 
 
 def local_source(script: ScriptArguments, arguments: CollectArguments, sampling: Sampling) -> LocalSource:

@@ -6,7 +6,7 @@ import sys
 from argparse import SUPPRESS, Action, HelpFormatter
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import fields
+from dataclasses import field, fields
 from typing import Any
 
 from config_file import ConfigError, ConfigFile, setting_types, suggestion
@@ -19,6 +19,13 @@ OURS = set(SelectiveGuidanceGRPOConfig.__annotations__)
 CONFIG = Action(
     ["--config"], "config", metavar="FILE", help="YAML file with any of these settings; the command line wins."
 )
+
+
+def setting(help: str, default: Any = None) -> Any:
+    """A field of a dataclass of settings, with its line of help."""
+    if isinstance(default, list):
+        return field(default_factory=default.copy, metadata={"help": help})
+    return field(default=default, metadata={"help": help})
 
 
 class HelpLines(HelpFormatter):

@@ -21,8 +21,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from command_line import RecipeParser
-from evaluation_problems import ProblemArguments, SamplingArguments, Task, load_tasks, setting
+from command_line import RecipeParser, setting
+from evaluation_problems import ProblemArguments, SamplingArguments, Task, load_tasks
 from safetensors import SafetensorError
 from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
 

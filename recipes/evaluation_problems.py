@@ -2,21 +2,15 @@
 
 import re
 from collections.abc import Callable
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any
 
+from command_line import setting
 from datasets import Dataset
 from selective_grpo import ScriptArguments, as_prompt, choose_split, load_reward, load_splits
 
 from trl_selective.evaluation import BENCHMARKS, SamplingProtocol, as_problem
 from trl_selective.rewards import boxed_accuracy_reward
-
-
-def setting(help: str, default: Any = None) -> Any:
-    if isinstance(default, list):
-        return field(default_factory=default.copy, metadata={"help": help})
-    return field(default=default, metadata={"help": help})
 
 
 @dataclass

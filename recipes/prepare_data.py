@@ -23,7 +23,7 @@ from itertools import chain
 from pathlib import Path
 from typing import Literal
 
-from command_line import RecipeParser
+from command_line import RecipeParser, setting
 from datasets import load_dataset
 from tqdm.auto import tqdm
 from transformers import AutoTokenizer
@@ -49,25 +49,18 @@ SYSTEM_PROMPT = "Think about the problem first, between <think> and </think>. Th
 class DataArguments:
     task: Literal["math", "openr1", "sft"] = field(metadata={"help": "Which data to make."})
     output_file: str = field(metadata={"help": "JSON Lines file to write."})
-    dataset_name: str | None = field(
-        default=None,
-        metadata={"help": "Hub id, file or folder with the columns of the original; default: the original."},
+    dataset_name: str | None = setting(
+        "Hub id, file or folder with the columns of the original; default: the original."
     )
-    dataset_splits: list[str] | None = field(
-        default=None, metadata={"help": "Splits to read; default: train and test of MATH, train of OpenR1-Math-220k."}
+    dataset_splits: list[str] | None = setting(
+        "Splits to read; default: train and test of MATH, train of OpenR1-Math-220k."
     )
-    heldout_name: str = field(
-        default="HuggingFaceH4/MATH-500", metadata={"help": "Hub id, file or folder whose problems are left out."}
-    )
-    heldout_split: str = field(default="test", metadata={"help": "Its split."})
-    tokenizer_name_or_path: str | None = field(
-        default=None, metadata={"help": "Tokenizer that measures responses; needed for openr1 and sft."}
-    )
-    max_response_tokens: int = field(
-        default=4000, metadata={"help": "Responses with this many tokens or more are left out."}
-    )
-    max_completions: int = field(default=4, metadata={"help": "Responses kept of each problem, the shortest first."})
-    system_prompt: str = field(default=SYSTEM_PROMPT, metadata={"help": "System message of the prompts for sft."})
+    heldout_name: str = setting("Hub id, file or folder whose problems are left out.", "HuggingFaceH4/MATH-500")
+    heldout_split: str = setting("Its split.", "test")
+    tokenizer_name_or_path: str | None = setting("Tokenizer that measures responses; needed for openr1 and sft.")
+    max_response_tokens: int = setting("Responses with this many tokens or more are left out.", 4000)
+    max_completions: int = setting("Responses kept of each problem, the shortest first.", 4)
+    system_prompt: str = setting("System message of the prompts for sft.", SYSTEM_PROMPT)
 
 
 def read_rows(name: str, split: str) -> Iterable[dict]:

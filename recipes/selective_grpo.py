@@ -23,11 +23,11 @@ import os
 import sys
 from collections.abc import Callable
 from contextlib import nullcontext
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
 
 import torch
-from command_line import RecipeParser
+from command_line import RecipeParser, setting
 from datasets import Dataset, DatasetDict, load_dataset, load_from_disk
 from transformers import AutoTokenizer, PreTrainedTokenizerBase
 from trl import ModelConfig, get_peft_config, get_quantization_config
@@ -42,50 +42,30 @@ LOADERS = {".json": "json", ".jsonl": "json", ".parquet": "parquet", ".csv": "cs
 
 @dataclass
 class ScriptArguments:
-    dataset_name: str | None = field(
-        default=None,
-        metadata={
-            "help": "Hub id, local .json/.jsonl/.parquet/.csv file, or folder (of such files, or of `save_to_disk`)."
-        },
+    dataset_name: str | None = setting(
+        "Hub id, local .json/.jsonl/.parquet/.csv file, or folder (of such files, or of `save_to_disk`)."
     )
-    dataset_config: str | None = field(default=None, metadata={"help": "Configuration of a dataset on the Hub."})
-    dataset_train_split: str = field(default="train", metadata={"help": "Split to train on."})
-    dataset_test_split: str = field(
-        default="test", metadata={"help": "Split to evaluate on, where `eval_strategy` is set."}
+    dataset_config: str | None = setting("Configuration of a dataset on the Hub.")
+    dataset_train_split: str = setting("Split to train on.", "train")
+    dataset_test_split: str = setting("Split to evaluate on, where `eval_strategy` is set.", "test")
+    reward_funcs: list[str] | None = setting(
+        f"Names out of {list(REWARD_FUNCS)}, or `package.module.function`, also of files here."
     )
-    reward_funcs: list[str] | None = field(
-        default=None,
-        metadata={"help": f"Names out of {list(REWARD_FUNCS)}, or `package.module.function`, also of files here."},
+    prompt_column: str = setting("Column with the problem: a text or a conversation.", "prompt")
+    system_prompt: str | None = setting("Turns text prompts into conversations that start with this system message.")
+    tokenizer_name_or_path: str | None = setting(
+        "Tokenizer of the policy, where it is not beside its weights: one with a chat template."
     )
-    prompt_column: str = field(
-        default="prompt", metadata={"help": "Column with the problem: a text or a conversation."}
-    )
-    system_prompt: str | None = field(
-        default=None, metadata={"help": "Turns text prompts into conversations that start with this system message."}
-    )
-    tokenizer_name_or_path: str | None = field(
-        default=None,
-        metadata={"help": "Tokenizer of the policy, where it is not beside its weights: one with a chat template."},
-    )
-    eos_token: str | None = field(
-        default=None, metadata={"help": "End token of the policy's tokenizer, where it must be the expert's."}
-    )
+    eos_token: str | None = setting("End token of the policy's tokenizer, where it must be the expert's.")
 
 
 @dataclass
 class RecipeArguments(ScriptArguments):
-    num_processes: int | None = field(
-        default=None,
-        metadata={"help": "Number of processes that the batch sizes are made for; another number is refused."},
+    num_processes: int | None = setting(
+        "Number of processes that the batch sizes are made for; another number is refused."
     )
-    dry_run: bool = field(
-        default=False,
-        metadata={"help": "Check the settings, and print them with an estimate of memory; nothing is loaded."},
-    )
-    memory_gib: float | None = field(
-        default=None,
-        metadata={"help": "Memory of one device, for --dry_run; unset: of an accelerator here, else 80."},
-    )
+    dry_run: bool = setting("Check the settings, and print them with an estimate of memory; nothing is loaded.", False)
+    memory_gib: float | None = setting("Memory of one device, for --dry_run; unset: of an accelerator here, else 80.")
 
 
 def load_rewards(arguments: ScriptArguments, args: SelectiveGuidanceGRPOConfig) -> list[Callable]:
