@@ -22,7 +22,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 from command_line import RecipeParser, setting
-from selective_grpo import ScriptArguments, choose_split, load_reward, load_splits, load_tokenizer
+from loading import ScriptArguments, choose_split, load_reward, load_splits, load_tokenizer
 from transformers import AutoTokenizer
 from trl import ModelConfig
 

@@ -14,7 +14,7 @@ from typing import Any
 import torch
 import yaml
 from datasets import Dataset
-from selective_grpo import RecipeArguments, choose_split, load_rewards, load_splits
+from loading import RecipeArguments, choose_split, load_rewards, load_splits
 from transformers import AutoConfig, PreTrainedConfig
 from trl import ModelConfig, get_peft_config
 

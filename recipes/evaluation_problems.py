@@ -7,7 +7,7 @@ from pathlib import Path
 
 from command_line import setting
 from datasets import Dataset
-from selective_grpo import ScriptArguments, as_prompt, choose_split, load_reward, load_splits
+from loading import ScriptArguments, as_prompt, choose_split, load_reward, load_splits, read_splits
 
 from trl_selective.evaluation import BENCHMARKS, SamplingProtocol, as_problem
 from trl_selective.rewards import boxed_accuracy_reward
@@ -77,12 +77,9 @@ def load_tasks(arguments: ProblemArguments, sampling: SamplingArguments) -> list
 
 def load_benchmark(name: str, arguments: ProblemArguments, protocol: SamplingProtocol) -> Task:
     benchmark = BENCHMARKS[name]
-    script = ScriptArguments(
-        dataset_name=benchmark.dataset, dataset_config=benchmark.config, prompt_column=benchmark.columns[0]
-    )
-    rows = first(choose_split(load_splits(script), benchmark.split, "dataset_split"), arguments.max_problems)
-    problems = Dataset.from_list([as_problem(benchmark, row, i, arguments.instruction) for i, row in enumerate(rows)])
     where = (benchmark.dataset, benchmark.config, benchmark.split)
+    rows = first(choose_split(read_splits(*where), benchmark.split, "dataset_split"), arguments.max_problems)
+    problems = Dataset.from_list([as_problem(benchmark, row, i, arguments.instruction) for i, row in enumerate(rows)])
     return Task(name, *where, in_form(problems, arguments), benchmark.reward_func, protocol)
 
 

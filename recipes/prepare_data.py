@@ -25,6 +25,7 @@ from typing import Literal
 
 from command_line import RecipeParser, setting
 from datasets import load_dataset
+from loading import LOADERS
 from tqdm.auto import tqdm
 from transformers import AutoTokenizer
 
@@ -41,7 +42,6 @@ SPLITS = {
     "sft": ["train"],
 }  # of both of MATH: its train split alone has too few problems
 LEVELS = ("Level 3", "Level 4", "Level 5")
-LOADERS = {".json": "json", ".jsonl": "json", ".parquet": "parquet", ".csv": "csv"}
 SYSTEM_PROMPT = "Think about the problem first, between <think> and </think>. Then give the answer, in \\boxed{}."
 
 

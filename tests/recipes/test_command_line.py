@@ -1,7 +1,9 @@
 """What is wrong with a recipe is named with file, line and key; the help is complete and by topic."""
 
 import dataclasses
+import os
 import re
+import subprocess
 import sys
 
 import pytest
@@ -15,7 +17,8 @@ RECIPES = QUICKSTART.parent
 sys.path.insert(0, str(RECIPES))
 from command_line import RecipeParser, given_settings  # noqa: E402
 from config_file import ConfigError, ConfigFile, fits, spell  # noqa: E402
-from selective_grpo import RecipeArguments, parse  # noqa: E402
+from loading import RecipeArguments  # noqa: E402
+from selective_grpo import parse  # noqa: E402
 
 KINDS = {
     "data, rewards and this script": RecipeArguments,
@@ -86,6 +89,16 @@ def test_given_settings():
         "d": "--e",
         "e": "x",
     }
+
+
+def test_scripts_that_do_not_train_load_no_trainer():
+    script = (
+        "import sys, collect_expert_completions, evaluate, prepare_data; print('trl_selective.trainer' in sys.modules)"
+    )
+    environment = {**os.environ, "PYTHONPATH": str(RECIPES.parent)}
+    command = [sys.executable, "-c", script]
+    result = subprocess.run(command, cwd=RECIPES, env=environment, capture_output=True, text=True, check=True)
+    assert result.stdout == "False\n"
 
 
 def test_the_help_is_complete_and_by_topic():

@@ -237,6 +237,13 @@ def test_benchmarks_of_the_hub_are_sampled_as_the_paper_does(tmp_path, start, mo
     assert set(json.loads((tmp_path / "out" / "results.json").read_text())["benchmarks"]) == {"math500", "aime24", "problems"}  # fmt: skip
 
 
+def test_a_benchmark_that_has_changed_is_named(tmp_path, refusal, monkeypatch):
+    write(tmp_path / "math" / "test.jsonl", [{"question": "1 ?", "answer": "1"}])
+    monkeypatch.setitem(BENCHMARKS, "math500", replace(BENCHMARKS["math500"], dataset="math"))
+    message = refusal(dataset_name=None, reward_func=None, benchmarks="math500")
+    assert "math has no column 'problem', only ['answer', 'question']: it has changed." in message
+
+
 def test_an_instruction_is_added_to_the_last_message(tmp_path, start):
     rows = [{"prompt": [{"role": "user", "content": "7 > 11"}], "goal": "11"}]
     write(tmp_path / "rows.jsonl", rows)

@@ -19,7 +19,8 @@ from trl_selective import SelectiveGuidanceGRPOConfig
 RECIPES = QUICKSTART.parent
 SCRIPT = RECIPES / "selective_grpo.py"
 sys.path.insert(0, str(RECIPES))
-from selective_grpo import ScriptArguments, load_splits, main, resume_point  # noqa: E402
+from loading import ScriptArguments, load_splits  # noqa: E402
+from selective_grpo import main, resume_point  # noqa: E402
 
 SETTINGS = """
 model_name_or_path: {policy}
