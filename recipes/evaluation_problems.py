@@ -7,7 +7,7 @@ from pathlib import Path
 
 from command_line import setting
 from datasets import Dataset
-from loading import ScriptArguments, as_prompt, choose_split, load_reward, load_splits, read_splits
+from loading import ScriptArguments, choose_split, load_reward, load_splits, read_splits
 
 from trl_selective.evaluation import BENCHMARKS, SamplingProtocol, as_problem
 from trl_selective.rewards import boxed_accuracy_reward
@@ -127,11 +127,10 @@ def in_form(problems: Dataset, arguments: ProblemArguments) -> Dataset:
     """Text prompts as conversations, where these are asked for."""
     if arguments.system_prompt is None and not arguments.apply_chat_template:
         return problems
-    script = ScriptArguments(system_prompt=arguments.system_prompt or "")
+    system = [] if arguments.system_prompt is None else [{"role": "system", "content": arguments.system_prompt}]
 
     def form(row: dict) -> dict:
-        prompt = as_prompt(row, script)
-        is_added = isinstance(row["prompt"], str) and arguments.system_prompt is None
-        return {"prompt": prompt[1:] if is_added else prompt}
+        prompt = row["prompt"]
+        return {"prompt": [*system, {"role": "user", "content": prompt}] if isinstance(prompt, str) else prompt}
 
     return problems.map(form, desc="prompts")
