@@ -31,11 +31,11 @@ from trl_selective.memory import (
     num_adapter_parameters,
     rollout_bytes_per_token,
 )
+from trl_selective.reward_calls import GIVEN
 from trl_selective.reward_scale import check_correctness_reward
 
 ARCHITECTURES = Path(__file__).with_name("architectures.yaml")
 PROMPT_TOKENS = 1024  # the paper's limit of prompts
-NOT_CHECKED = "is not on this machine"
 DEVICE_GIB = 80  # where there is no accelerator to ask
 DTYPE_BYTES = {"float32": 4, "auto": 2, "bfloat16": 2, "float16": 2}
 OPTIMIZER_VALUES = {
@@ -44,16 +44,7 @@ OPTIMIZER_VALUES = {
     "sgd": 0,
     "lion": 1,
 }  # numbers kept for each parameter, by how the name starts
-GIVEN_TO_REWARDS = {
-    "prompts",
-    "completions",
-    "completion_ids",
-    "completions_ids",
-    "trainer_state",
-    "log_extra",
-    "log_metric",
-    "kwargs",
-}
+GIVEN_TO_REWARDS = {"prompts", "completions", "completion_ids", *GIVEN}
 
 
 def dry_run(arguments: RecipeArguments, args: SelectiveGuidanceGRPOConfig, model: ModelConfig) -> str:
@@ -66,8 +57,11 @@ def dry_run(arguments: RecipeArguments, args: SelectiveGuidanceGRPOConfig, model
         raise ValueError("model_name_or_path is not set: give the Hub id or the folder of the policy.")
     rewards = load_rewards(arguments, args)
     check_rewards(arguments, args, rewards)
+    if arguments.dataset_name is None:
+        raise ValueError("dataset_name is not set: give a Hub id, a file or a folder.")
+    is_here = Path(arguments.dataset_name).exists()
+    found = data(arguments, args, rewards) if is_here else f"{arguments.dataset_name} is not on this machine"
     num_processes = arguments.num_processes or 1
-    found = data(arguments, args, rewards)
     parts = [
         "Dry run: nothing is loaded or written.",
         f"settings: {settings(args)}",
@@ -76,7 +70,7 @@ def dry_run(arguments: RecipeArguments, args: SelectiveGuidanceGRPOConfig, model
         f"rewards: {', '.join(arguments.reward_funcs)}, weights {args.reward_weights or 'all 1'}",
         f"data: {found}",
         *memory(args, model, num_processes, arguments.memory_gib or device_gib()),
-        *([f"The data was not checked: {found}."] if found.endswith(NOT_CHECKED) else []),
+        *([] if is_here else [f"The data was not checked: {found}."]),
     ]
     return "\n".join(parts)
 
@@ -150,10 +144,6 @@ def data(arguments: RecipeArguments, args: SelectiveGuidanceGRPOConfig, rewards:
     Raises:
         ValueError: naming what it lacks.
     """
-    if arguments.dataset_name is None:
-        raise ValueError("dataset_name is not set: give a Hub id, a file or a folder.")
-    if not Path(arguments.dataset_name).exists():
-        return f"{arguments.dataset_name} {NOT_CHECKED}"
     rows = choose_split(load_splits(arguments), arguments.dataset_train_split, "dataset_train_split")
     for name, reward in zip(arguments.reward_funcs, rewards, strict=True):
         if missing := [column for column in columns_of(reward) if column not in rows.column_names]:
@@ -274,19 +264,19 @@ def memory(args: SelectiveGuidanceGRPOConfig, model: ModelConfig, num_processes:
 
 
 def roles(args: SelectiveGuidanceGRPOConfig, model: ModelConfig, run: Run) -> dict[str, str]:
-    found = {"policy": described(model.model_name_or_path)}
+    found = {"policy": described(model.model_name_or_path, run.policy)}
     if run.shares_base and run.expert:
         found["expert"] = "on the policy's base model, with a cache of its own"
     elif run.expert:
-        found["expert"] = described(args.expert_model_name_or_path)
+        found["expert"] = described(args.expert_model_name_or_path, run.expert)
     elif args.expert_model_server_url is not None:
         found["expert"] = f"{args.expert_model_name_or_path}, behind a server"
     return found
 
 
-def described(name: str) -> str:
-    config, source = find_config(name)
-    return f"{name}, {model_size(config).num_parameters / 1e9:.2f}e9 parameters (from {source})"
+def described(name: str, size: ModelSize) -> str:
+    _, source = find_config(name)
+    return f"{name}, {size.num_parameters / 1e9:.2f}e9 parameters (from {source})"
 
 
 def table(estimates: list[Estimate]) -> list[tuple[str, list[str]]]:

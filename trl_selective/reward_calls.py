@@ -11,6 +11,13 @@ LARGEST = (2 - 2**-23) * 2**127  # of float32, which rewards become
 PREVIEW = 60  # characters of a value in a message
 
 
+def _nowhere(name: str, value: Any) -> None: ...
+
+
+# What TRL gives to reward functions beside prompts, completions and columns.
+GIVEN = {"trainer_state": None, "log_extra": _nowhere, "log_metric": _nowhere}
+
+
 def call_reward(reward_func: Callable, arguments: Mapping[str, Any]) -> Any:
     """What it returns, once it was awaited if it is asynchronous.
 
@@ -27,13 +34,9 @@ def call_reward(reward_func: Callable, arguments: Mapping[str, Any]) -> Any:
 
 
 def _taken(reward_func: Callable) -> dict[str, Any]:
-    given = {"trainer_state": None, "log_extra": _nowhere, "log_metric": _nowhere}
     parameters = inspect.signature(reward_func).parameters
     takes_all = any(parameter.kind is parameter.VAR_KEYWORD for parameter in parameters.values())
-    return {name: value for name, value in given.items() if takes_all or name in parameters}
-
-
-def _nowhere(name: str, value: Any) -> None: ...
+    return {name: value for name, value in GIVEN.items() if takes_all or name in parameters}
 
 
 async def _awaited(rewards: Any) -> Any:

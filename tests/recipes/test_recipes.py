@@ -186,6 +186,21 @@ def test_what_a_dry_run_refuses(here, monkeypatch, recipe, changes, message):
         dry_run(*parsed(recipe, *here, *changes))
 
 
+@pytest.mark.parametrize("name", ["completions_ids", "kwargs"])
+def test_what_trl_gives_to_no_reward_function_is_a_column(here, tmp_path, name):
+    (tmp_path / f"needs_{name}.py").write_text(f"def reward(completions, {name}): return [0.0] * len(completions)")
+    message = f"needs_{name}.reward reads the column '{name}', but the data has only"
+    with pytest.raises(ValueError, match=message):
+        dry_run(*parsed(LORA, *here, "--reward_funcs", f"needs_{name}.reward", "letters.half"))
+
+
+def test_what_trl_gives_to_reward_functions_needs_no_column(here, tmp_path):
+    given = "prompts, completions, completion_ids, trainer_state, log_extra, log_metric, *, goal, **kwargs"
+    (tmp_path / "takes_all.py").write_text(f"def reward({given}): return [0.0] * len(completions)")
+    report = dry_run(*parsed(LORA, *here, "--reward_funcs", "takes_all.reward", "letters.half"))
+    assert "rewards: takes_all.reward, letters.half" in report
+
+
 def test_the_dry_run_from_the_command_line(monkeypatch, capsys):
     script = RECIPES / "selective_grpo.py"
     monkeypatch.setattr(sys, "argv", [str(script), "--config", str(LORA), "--dry_run"])
