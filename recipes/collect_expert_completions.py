@@ -19,7 +19,6 @@ an interruption, the same command goes on from there.
 """
 
 from dataclasses import dataclass, field
-from pathlib import Path
 
 from command_line import RecipeParser, setting
 from loading import ScriptArguments, choose_split, load_reward, load_splits, load_tokenizer
@@ -39,6 +38,7 @@ from trl_selective.experts import (
     load_expert_tokenizer,
 )
 from trl_selective.grading import Verifier
+from trl_selective.reporting.names import shown_name
 from trl_selective.resuming import OtherRunError
 
 
@@ -70,7 +70,7 @@ def local_source(script: ScriptArguments, arguments: CollectArguments, sampling:
     return LocalSource(
         model,
         load_expert_tokenizer(model),
-        Path(name).resolve().name if Path(name).exists() else name,  # a folder of this machine says nothing elsewhere
+        shown_name(name),
         sampling,
         policy_tokenizer=load_tokenizer(script, policy)
         or AutoTokenizer.from_pretrained(policy.model_name_or_path, trust_remote_code=False),

@@ -38,6 +38,7 @@ from trl_selective.evaluation import (
 from trl_selective.experts import accelerator_or_cpu
 from trl_selective.reporting.card import add_evaluation
 from trl_selective.reporting.inputs import read_json
+from trl_selective.reporting.names import shown_name
 from trl_selective.resuming import OtherRunError, write_whole
 
 BACKENDS = ("transformers", "vllm")
@@ -131,12 +132,10 @@ def load_backend(model: ModelArguments, run: RunArguments, tokenizer: PreTrained
 
 def identity(model: ModelArguments) -> dict[str, Any]:
     """What says which model it is: its name, and when the weights of a folder were written."""
-    name, weights = model.model_name_or_path, None
-    if Path(name).exists():
-        files = [path for kind in ("safetensors", "bin") for path in Path(name).glob(f"*.{kind}")]
-        weights = max((path.stat().st_mtime_ns for path in files), default=None)
-        name = Path(name).resolve().name  # a folder of this machine says nothing elsewhere
-    return {"model": name, "model_revision": model.model_revision, "weights_written_ns": weights}
+    name = model.model_name_or_path
+    files = [path for kind in ("safetensors", "bin") for path in Path(name).glob(f"*.{kind}")]
+    weights = max((path.stat().st_mtime_ns for path in files), default=None)
+    return {"model": shown_name(name), "model_revision": model.model_revision, "weights_written_ns": weights}
 
 
 def check(model: ModelArguments, run: RunArguments) -> None:

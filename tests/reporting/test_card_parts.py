@@ -22,7 +22,7 @@ from trl_selective.reporting.card_method import (
 )
 from trl_selective.reporting.card_training import statistics, summary
 from trl_selective.reporting.markdown import insert_before, table
-from trl_selective.reporting.names import hub_id
+from trl_selective.reporting.names import hub_id, shown_name
 from trl_selective.sampling import WEIGHTINGS
 
 
@@ -144,6 +144,17 @@ def test_only_names_of_the_hub_are_told(tmp_path, monkeypatch):
         None,
     ):
         assert hub_id(name) is None
+
+
+def test_of_a_place_here_the_last_part_is_told(tmp_path, monkeypatch):
+    (tmp_path / "models" / "expert").mkdir(parents=True)
+    monkeypatch.chdir(tmp_path / "models" / "expert")
+    assert [shown_name(name) for name in (".", "../expert/", str(tmp_path / "models"))] == [
+        "expert",
+        "expert",
+        "models",
+    ]
+    assert shown_name("open-r1/OpenR1-Qwen-7B") == "open-r1/OpenR1-Qwen-7B"
 
 
 def test_markdown():

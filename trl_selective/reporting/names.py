@@ -1,6 +1,7 @@
 """Names of models and datasets that may be published: those of the Hub. A place on this machine is nobody else's business."""
 
 import os
+from pathlib import Path
 
 from huggingface_hub.utils import HFValidationError, validate_repo_id
 
@@ -16,3 +17,8 @@ def hub_id(name: str | None) -> str | None:
     except HFValidationError:
         return None
     return name
+
+
+def shown_name(name: str) -> str:
+    """`name`; of a folder or file of this machine only the last part, for its place says nothing elsewhere."""
+    return Path(name).resolve().name if Path(name).exists() else name
