@@ -80,6 +80,11 @@ class RunArguments:
     )
     correct_above: float = setting("A completion is right when its reward exceeds this.", 0.5)
 
+    def __post_init__(self):
+        self.vllm_init_kwargs = as_dict(self.vllm_init_kwargs)
+        if self.batch_size is None:
+            self.batch_size = 2048 if self.backend == "vllm" else 64
+
 
 def load_tokenizer(arguments: ModelArguments) -> PreTrainedTokenizerBase:
     name, revision = arguments.model_name_or_path, arguments.model_revision
@@ -125,9 +130,9 @@ def load_backend(model: ModelArguments, run: RunArguments, tokenizer: PreTrained
     device = accelerator_or_cpu()
     dtype = model.dtype or ("float32" if device.type == "cpu" else "bfloat16")
     if run.backend == "vllm":
-        init_kwargs = {"dtype": dtype, **as_dict(run.vllm_init_kwargs)}
+        init_kwargs = {"dtype": dtype, **run.vllm_init_kwargs}
         return VllmBackend(model.model_name_or_path, tokenizer, revision=model.model_revision, init_kwargs=init_kwargs)
-    return TransformersBackend(load_model(model, dtype).to(device).eval(), tokenizer, run.batch_size or 64)
+    return TransformersBackend(load_model(model, dtype).to(device).eval(), tokenizer, run.batch_size)
 
 
 def identity(model: ModelArguments) -> dict[str, Any]:
@@ -147,14 +152,14 @@ def check(model: ModelArguments, run: RunArguments) -> None:
         raise ValueError("output_dir is not set: give a folder for completions and results.")
     if run.backend not in BACKENDS:
         raise ValueError(f"backend: got {run.backend!r}, expected one of {list(BACKENDS)}.")
-    if run.batch_size is not None and run.batch_size < 1:
+    if run.batch_size < 1:
         raise ValueError(f"batch_size must be at least 1, got {run.batch_size}.")
     if run.grading_timeout < 0:
         raise ValueError(f"grading_timeout must be at least 0, got {run.grading_timeout}.")
 
 
 def earlier_results(path: Path, who: dict[str, Any]) -> dict[str, Any]:
-    """Those of other benchmarks that are in the folder."""
+    """Read the results of other benchmarks that are in the folder."""
     results = read_json(path) if path.exists() else {**who, "benchmarks": {}}
     different = [name for name, value in who.items() if results.get(name) != value]
     if different:
@@ -212,7 +217,7 @@ def main(
                 task.protocol,
                 path,
                 settings={**settings, **where, "chat_template": tokenizer.chat_template},
-                batch_size=run.batch_size or (2048 if run.backend == "vllm" else 64),
+                batch_size=run.batch_size,
                 correct_above=run.correct_above,
                 grading_timeout=run.grading_timeout,
                 chat_template_kwargs=model.chat_template_kwargs,
