@@ -7,7 +7,7 @@ another arm's run of the same seed, update by update, and of such ratios the med
 from collections.abc import Callable
 
 import numpy as np
-from intervals import Arm, Estimate
+from arms import Arm, Estimate
 
 SAMPLING = ("policy", "expert")  # whose tokens are counted while sampling ...
 TOKENS = (*SAMPLING, "trained")  # ... and those in the loss

@@ -3,8 +3,8 @@
 from pathlib import Path
 
 import numpy as np
+from arms import KS, Arm, Estimate, curve, success, whole
 from costs import SAMPLING, TOKENS, spent
-from intervals import KS, Arm, Estimate, curve, success, whole
 from matplotlib.figure import Figure
 
 
@@ -56,7 +56,7 @@ def plot_pass_at_k(arms: dict[str, Arm], path: Path) -> None:
         estimates = [arm.estimate(success(k)) for k in ks]
         style = {"start": "k:", "expert": "k--"}.get(arm.name, "o-")
         (line,) = axes.plot(ks, [each.mean for each in estimates], style, markersize=3, label=arm.name)
-        if arm.name not in ("start", "expert"):
+        if not arm.is_model:
             low, high = [each.low for each in estimates], [each.high for each in estimates]
             axes.fill_between(ks, low, high, alpha=0.12, color=line.get_color())
     axes.set_xscale("log", base=2)
@@ -79,9 +79,7 @@ def plot_habits(arms: dict[str, Arm], path: Path) -> None:
         estimates = [arm.estimate(value) for arm in arms.values()]
         means = [each.mean for each in estimates]
         errors = [[each.mean - each.low for each in estimates], [each.high - each.mean for each in estimates]]
-        axes.barh(
-            list(arms), means, xerr=errors, color=["0.6" if name in ("start", "expert") else "C0" for name in arms]
-        )
+        axes.barh(list(arms), means, xerr=errors, color=["0.6" if arm.is_model else "C0" for arm in arms.values()])
         axes.set_title(title, fontsize=9)
         axes.grid(alpha=0.3, axis="x")
     axes.invert_yaxis()
@@ -89,7 +87,7 @@ def plot_habits(arms: dict[str, Arm], path: Path) -> None:
 
 
 def _save(figure: Figure, path: Path) -> None:
-    """With one legend for all panels, above them."""
+    """Save a picture with one legend for all panels, above them."""
     handles = {
         label: handle for axes in figure.axes for handle, label in zip(*axes.get_legend_handles_labels(), strict=True)
     }

@@ -7,8 +7,8 @@ from math import isnan
 from pathlib import Path
 from typing import Any
 
+from arms import Arm, Estimate, comparisons, distinct, success, whole
 from costs import costs, periods
-from intervals import Arm, Estimate, comparisons, distinct, success, whole
 from pictures import plot_costs, plot_curves, plot_habits, plot_pass_at_k
 
 from trl_selective.reporting.markdown import table
@@ -86,7 +86,7 @@ def report(results: Path, settings: dict[str, Any]) -> str:
 
 def _model(name: str, path: Path) -> Arm:
     """A model as it is, measured as the arms are."""
-    return Arm(name, {0: json.loads(path.read_text())})
+    return Arm(name, {0: json.loads(path.read_text())}, is_model=True)
 
 
 def _caption(arms: dict[str, Arm]) -> str:
@@ -156,13 +156,8 @@ def _cost(measure: str, estimate: Estimate | None) -> str:
 
 
 def _minus(arm: Arm, other: Arm | None, value: Callable) -> str:
-    """In points of percent; nothing where there is nothing to compare."""
-    if (
-        other is None
-        or other is arm
-        or not set(arm.runs) & set(other.runs)
-        or "arm" not in next(iter(arm.runs.values()))
-    ):
+    """Give the difference in points of percent; nothing where there is nothing to compare."""
+    if other is None or other is arm or arm.is_model or not set(arm.runs) & set(other.runs):
         return ""
     return arm.minus(other, value).text(100, sign="+")
 
@@ -180,11 +175,11 @@ def write_csv(arms: dict[str, Arm], spent: dict[str, dict[str, Estimate]], path:
         )
         for name, arm in arms.items():
             for measure, value in MEASURES.items():
-                if measure in COSTS and name in ("start", "expert"):
+                if measure in COSTS and arm.is_model:
                     continue
                 shown = arm.estimate(value)
                 row = [name, len(arm.runs), measure, *_numbers(shown)]
-                if grpo and measure in COMPARED and name not in ("start", "expert"):
+                if grpo and measure in COMPARED and not arm.is_model:
                     row += _numbers(arm.minus(grpo, value))
                 writer.writerow(row)
             for measure, shown in spent.get(name, {}).items():

@@ -19,8 +19,8 @@ from trl_selective import SelectiveGuidanceGRPOConfig
 
 sys.path.insert(0, str(QUICKSTART.parent / "study"))
 
+from arms import Arm, bootstrap, distinct, success  # isort: skip
 from costs import TOKENS, after_as_many, costs, pace, periods, spent, tokens  # isort: skip
-from intervals import Arm, bootstrap, distinct, success  # isort: skip
 from models import RECIPES, TINY, make  # isort: skip
 from pictures import plot_costs  # isort: skip
 from report import cost_table, report  # isort: skip

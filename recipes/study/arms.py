@@ -22,17 +22,15 @@ KS = (1, 2, 4, 8, 16, 32, 64)
 
 @dataclass(frozen=True)
 class Arm:
-    """The runs of one arm in one comparison, by seed."""
+    """The runs of one arm in one comparison, by seed; or a model as it is, measured as if it were one run."""
 
     name: str
     runs: dict[int, dict]
-
-    def table(self, value: Callable[[dict], np.ndarray]) -> dict[int, np.ndarray]:
-        """Seed -> what `value` finds in each problem."""
-        return {seed: value(run) for seed, run in self.runs.items()}
+    is_model: bool = False
 
     def estimate(self, value: Callable[[dict], np.ndarray]) -> Estimate:
-        return bootstrap(np.stack(list(self.table(value).values())))
+        """The mean of what `value` finds in each problem."""
+        return bootstrap(np.stack([value(run) for run in self.runs.values()]))
 
     def minus(self, other: "Arm", value: Callable[[dict], np.ndarray]) -> Estimate:
         """The paired difference, over the seeds that both have."""
