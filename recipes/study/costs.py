@@ -5,12 +5,29 @@ another arm's run of the same seed, update by update, and of such ratios the med
 """
 
 from collections.abc import Callable
+from dataclasses import dataclass
 
 import numpy as np
 from arms import Arm, Estimate
 
 SAMPLING = ("policy", "expert")  # whose tokens are counted while sampling ...
 TOKENS = (*SAMPLING, "trained")  # ... and those in the loss
+
+
+@dataclass(frozen=True)
+class Cost:
+    """What a table and a CSV file show of one cost of an arm.
+
+    Attributes:
+        scale, digits, unit: what it is multiplied by in a table, its digits behind the point there, and what follows them.
+        significant: its digits in a CSV file.
+    """
+
+    estimate: Estimate
+    scale: float = 1
+    digits: int = 0
+    unit: str = ""
+    significant: int = 4
 
 
 def periods(last_guided: int) -> dict[str, slice]:
@@ -21,17 +38,18 @@ def periods(last_guided: int) -> dict[str, slice]:
     }
 
 
-def costs(arm: Arm, grpo: Arm | None, when: dict[str, slice]) -> dict[str, Estimate]:
+def costs(arm: Arm, grpo: Arm | None, when: dict[str, slice]) -> dict[str, Cost]:
     """Measure -> its mean with an interval, in each of the periods; NaN where there is nothing to measure."""
     found = {}
     compared = grpo is not None and set(arm.runs) & set(grpo.runs)
     for period, updates in when.items():
         for name in SAMPLING:
-            found[f"{name} tokens per update, {period}"] = arm.estimate(tokens(name, updates))
+            found[f"{name} tokens per update, {period}"] = Cost(arm.estimate(tokens(name, updates)))
         if compared:
-            found[f"seconds per update (grpo 1), {period}"] = arm.paired(grpo, pace(updates))
+            ratio = arm.paired(grpo, pace(updates))
+            found[f"seconds per update (grpo 1), {period}"] = Cost(ratio, digits=1, significant=2)
     if compared:
-        found["pass@1 after grpo's tokens"] = arm.paired(grpo, after_as_many)
+        found["pass@1 after grpo's tokens"] = Cost(arm.paired(grpo, after_as_many), scale=100, digits=1, unit=" %")
     return found
 
 
@@ -69,7 +87,7 @@ def spent(run: dict, names: tuple[str, ...]) -> np.ndarray:
 
 
 def _by_update(run: dict, name: str) -> np.ndarray:
-    """They are recorded per rollout."""
+    """Return the tokens of each update, which are recorded per rollout."""
     return run["training"]["per_device_train_batch_size"] * np.array(run["cost_by_update"][name])
 
 

@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from arms import Arm, Estimate, comparisons, distinct, success, whole
-from costs import costs, periods
+from costs import Cost, costs, periods
 from pictures import plot_costs, plot_curves, plot_habits, plot_pass_at_k
 
 from trl_selective.reporting.markdown import table
@@ -138,21 +138,19 @@ def contrast_table(arms: dict[str, Arm], contrasts: list[dict[str, str]]) -> str
     )
 
 
-def cost_table(spent: dict[str, dict[str, Estimate]]) -> str:
+def cost_table(spent: dict[str, dict[str, Cost]]) -> str:
     """One line per arm: means with 95 % intervals; nothing where nothing was measured."""
     measures = list(dict.fromkeys(measure for found in spent.values() for measure in found))
-    rows = [[name, *(_cost(measure, found.get(measure)) for measure in measures)] for name, found in spent.items()]
+    rows = [[name, *(_cost(found.get(measure)) for measure in measures)] for name, found in spent.items()]
     return table(["", *measures], rows)
 
 
-def _cost(measure: str, estimate: Estimate | None) -> str:
-    """Tokens are whole, seconds have one digit, pass@1 is in percent."""
-    if estimate is None or isnan(estimate.mean):
+def _cost(cost: Cost | None) -> str:
+    if cost is None or isnan(cost.estimate.mean):
         return ""
-    scale, digits, unit = (100, 1, " %") if "pass@1" in measure else (1, 1 if "seconds" in measure else 0, "")
-    if estimate.low == estimate.high:
-        return f"{scale * estimate.mean:.{digits}f}{unit}"
-    return estimate.text(scale, digits) + unit
+    if cost.estimate.low == cost.estimate.high:
+        return f"{cost.scale * cost.estimate.mean:.{cost.digits}f}{cost.unit}"
+    return cost.estimate.text(cost.scale, cost.digits) + cost.unit
 
 
 def _minus(arm: Arm, other: Arm | None, value: Callable) -> str:
@@ -162,7 +160,7 @@ def _minus(arm: Arm, other: Arm | None, value: Callable) -> str:
     return arm.minus(other, value).text(100, sign="+")
 
 
-def write_csv(arms: dict[str, Arm], spent: dict[str, dict[str, Estimate]], path: Path) -> None:
+def write_csv(arms: dict[str, Arm], spent: dict[str, dict[str, Cost]], path: Path) -> None:
     """
     All measures of all arms: mean, interval, and where it is one of `COMPARED`, the difference to GRPO with its interval. Then what their
     updates cost.
@@ -182,9 +180,9 @@ def write_csv(arms: dict[str, Arm], spent: dict[str, dict[str, Estimate]], path:
                 if grpo and measure in COMPARED and not arm.is_model:
                     row += _numbers(arm.minus(grpo, value))
                 writer.writerow(row)
-            for measure, shown in spent.get(name, {}).items():
-                if not isnan(shown.mean):
-                    numbers = _numbers(shown, digits=2 if "seconds" in measure else 4)
+            for measure, cost in spent.get(name, {}).items():
+                if not isnan(cost.estimate.mean):
+                    numbers = _numbers(cost.estimate, cost.significant)
                     writer.writerow([name, len(arm.runs), measure, *numbers])
 
 

@@ -224,8 +224,8 @@ def test_costs_by_update():
 
     arms = {"grpo": Arm("grpo", {0: grpo}), "sft": Arm("sft", {0: sft}), "alone": Arm("alone", {7: guided})}
     found = {name: costs(arm, arms["grpo"], periods(3)) for name, arm in arms.items()}
-    assert found["grpo"]["seconds per update (grpo 1), 4 on"].mean == 1.0
-    assert np.isnan(found["sft"]["seconds per update (grpo 1), 4 on"].mean)
+    assert found["grpo"]["seconds per update (grpo 1), 4 on"].estimate.mean == 1.0
+    assert np.isnan(found["sft"]["seconds per update (grpo 1), 4 on"].estimate.mean)
     assert list(found["alone"]) == [f"{name} tokens per update, {when}" for when in ("2 to 3", "4 on") for name in ("policy", "expert")]  # fmt: skip
     table = cost_table(found).splitlines()
     assert table[0].startswith("|  | policy tokens per update, 2 to 3 | expert tokens per update, 2 to 3 | seconds")
