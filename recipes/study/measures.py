@@ -1,7 +1,5 @@
 """What is measured of a model: how often it is right, in how many ways, how sure it is, and whose habits its answers have."""
 
-from dataclasses import dataclass
-
 import datasets
 import torch
 from task import FILLER
@@ -12,21 +10,17 @@ from trl_selective.experts import completion_laws, evaluation_mode
 from trl_selective.functional.mixed_policy import entropy
 
 
-@dataclass(frozen=True)
-class Sampling:
-    """How a model is asked: so many samples of each problem, drawn with this seed."""
-
-    num_samples: int
-    seed: int
-
-
 def as_dataset(problems: list[Problem]) -> datasets.Dataset:
     return datasets.Dataset.from_dict({"prompt": [problem.prompt for problem in problems]})
 
 
-def measure(model, tokenizer, task: Task, problems: list[Problem], sampling: Sampling) -> dict:
+def measure(model, tokenizer, task: Task, problems: list[Problem], *, num_samples: int, seed: int) -> dict:
     """
     Answers at temperature 1 to all problems, and what they show.
+
+    Args:
+        num_samples: answers to each problem.
+        seed: that they are drawn with.
 
     Returns:
         num_correct, distinct_correct: by problem, right answers and different right answers among `num_samples`.
@@ -41,9 +35,9 @@ def measure(model, tokenizer, task: Task, problems: list[Problem], sampling: Sam
         tokenizer,
         as_dataset(problems),
         task.reward,
-        num_samples=sampling.num_samples,
+        num_samples=num_samples,
         max_completion_length=task.max_completion_length,
-        seed=sampling.seed,
+        seed=seed,
     )
     solutions, lengths = [], []
     for problem, completions in zip(problems, result.completions, strict=True):
@@ -54,9 +48,9 @@ def measure(model, tokenizer, task: Task, problems: list[Problem], sampling: Sam
     right = [(len(cells), least) for found, least in zip(solutions, lengths, strict=True) for cells in found]
     words = [word for answer in answers for word in answer.split()]
     kinds = [FILLER, *(word for word in task.words if not word.isdigit() and word not in (">", ":", FILLER))]
-    prompts = [problem.prompt for problem in problems for _ in range(sampling.num_samples)]
+    prompts = [problem.prompt for problem in problems for _ in range(num_samples)]
     return {
-        "num_samples": sampling.num_samples,
+        "num_samples": num_samples,
         "num_correct": [len(found) for found in solutions],
         "distinct_correct": [len(set(found)) for found in solutions],
         "entropy": mean_entropy(model, tokenizer, prompts, answers),

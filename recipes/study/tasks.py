@@ -8,6 +8,7 @@ from them, and `~` is a filler without meaning. The level of a problem is the le
 """
 
 import random
+from collections.abc import Callable
 from dataclasses import dataclass
 from functools import cache
 from typing import Protocol
@@ -38,7 +39,7 @@ class SumsProblem(quickstart.Problem):
         return [(move, to) for move, to in moves if 0 <= to <= LARGEST]
 
 
-def _random_sums_problem(rng: random.Random) -> SumsProblem:
+def random_sums_problem(rng: random.Random) -> SumsProblem:
     while True:
         numbers = tuple(sorted(rng.sample(range(1, 10), 3)))
         problem = SumsProblem(numbers, rng.randint(0, LARGEST), rng.randint(0, LARGEST))
@@ -50,6 +51,7 @@ def _random_sums_problem(rng: random.Random) -> SumsProblem:
 class Task:
     """
     Attributes:
+        problem, random_problem: the kind of its problems, and what draws one.
         words: all that prompts and answers are made of.
         max_completion_length: tokens of the longest answer, its fillers and the end token.
         longest_near: problems whose shortest answers have at most so many moves are near, the others far.
@@ -57,12 +59,10 @@ class Task:
 
     name: str
     problem: type
+    random_problem: Callable[[random.Random], Problem]
     words: tuple[str, ...]
     max_completion_length: int
     longest_near: int
-
-    def random_problem(self, rng: random.Random) -> Problem:
-        return quickstart.random_problem(rng) if self.problem is quickstart.Problem else _random_sums_problem(rng)
 
     def problems(self, number: int, seed: int, exclude: frozenset = frozenset()) -> list[Problem]:
         """`number` distinct problems, none of them in `exclude`; the same for the same seed."""
@@ -89,10 +89,18 @@ class Task:
         return [float(self.solution(prompt, completion) is not None) for prompt, completion in pairs]
 
 
-GRID = Task("grid", quickstart.Problem, tuple(quickstart.WORDS), quickstart.MAX_COMPLETION_TOKENS, longest_near=6)
+GRID = Task(
+    "grid",
+    quickstart.Problem,
+    quickstart.random_problem,
+    tuple(quickstart.WORDS),
+    quickstart.MAX_COMPLETION_TOKENS,
+    longest_near=6,
+)
 SUMS = Task(
     "sums",
     SumsProblem,
+    random_sums_problem,
     (
         *map(str, range(LARGEST + 1)),
         *(f"{sign}{number}" for number in range(1, 10) for sign in "+-"),

@@ -12,15 +12,14 @@ from typing import Any
 import datasets
 import torch
 from costs import TOKENS
-from measures import Sampling, as_dataset, greedy, measure
+from measures import as_dataset, greedy, measure
 from models import make
 from tasks import TASKS, Problem, Task, splits
 from transformers import AutoModelForCausalLM, AutoTokenizer, TrainerCallback
 from trl import SFTConfig, SFTTrainer
 
 from trl_selective import SelectiveGuidanceGRPOConfig, SelectiveGuidanceGRPOTrainer
-from trl_selective.experts import LocalSource, accelerator_or_cpu, collect
-from trl_selective.experts import Sampling as ExpertSampling
+from trl_selective.experts import LocalSource, Sampling, accelerator_or_cpu, collect
 from trl_selective.functional.schedules import cosine
 from trl_selective.grading import Verifier
 from trl_selective.resuming import write_whole
@@ -126,7 +125,7 @@ def make_model(task: Task, name: str, output: Path, size: dict[str, int], steps:
 
 def collect_completions(task: Task, expert: str, output: Path, number: int) -> None:
     """Four completions of the expert for each of so many training problems, with their verdicts, in `output/data`."""
-    asked = ExpertSampling(num_completions=4, max_completion_length=task.max_completion_length)
+    asked = Sampling(num_completions=4, max_completion_length=task.max_completion_length)
     with quiet(output / "logs" / "data" / f"{task.name}-{expert}.log"):
         model, tokenizer = _load(task, expert, output)
         source = LocalSource(model, tokenizer, expert, asked, policy_tokenizer=tokenizer, batch_size=256)
@@ -152,7 +151,8 @@ def _load(task: Task, name: str, output: Path):
 
 
 def _final(model, tokenizer, task: Task, problems: list[Problem], protocol: dict) -> dict:
-    found = measure(model, tokenizer, task, problems, Sampling(protocol["final_samples"], protocol["eval_seed"]))
+    samples = {"num_samples": protocol["final_samples"], "seed": protocol["eval_seed"]}
+    found = measure(model, tokenizer, task, problems, **samples)
     return {
         "final": found | {"greedy": greedy(model, tokenizer, task, problems)},
         "levels": [task.level(problem) for problem in problems],
@@ -183,8 +183,8 @@ class Meter(TrainerCallback):
 
     def _measure(self, step: int, model) -> None:
         started = time.perf_counter()
-        sampling = Sampling(self.protocol["curve_samples"], self.protocol["eval_seed"] + 1)
-        found = measure(model, self.tokenizer, self.task, self.problems, sampling)
+        samples = {"num_samples": self.protocol["curve_samples"], "seed": self.protocol["eval_seed"] + 1}
+        found = measure(model, self.tokenizer, self.task, self.problems, **samples)
         pass_at_1 = sum(found["num_correct"]) / (found["num_samples"] * len(self.problems))
         shown = {name: found[name] for name in ("entropy", "length", "filler", "shortest")}
         self.curve.append({"step": step, "pass@1": pass_at_1, **shown})
@@ -193,34 +193,33 @@ class Meter(TrainerCallback):
 
 def _phases(run: Run, task: Task, output: Path, tokenizer, meter: Meter) -> list:
     """The trainers of the run, after training, in their order."""
-    settings = dict(run.settings)
-    method, expert = settings.pop("method", "grpo"), settings.pop("expert", "expert")
-    hint_steps = settings.pop("hint_steps", None)
-    sft_steps = round(settings.pop("sft_share", 0) * run.training["max_steps"])
-    shared = {
+    changes = dict(run.settings)
+    own = {name: changes.pop(name) for name in OWN_SETTINGS if name in changes}
+    settings = {
         **run.training,
         "learning_rate": run.learning_rate,
         "seed": run.seed,
         "output_dir": str(output / "trainer" / run.name),
+        **changes,
     }
-    shared["max_steps"] = settings.pop("max_steps", shared["max_steps"])
     model = str(output / "models" / run.task / run.base)
+    expert = str(output / "models" / run.task / own.get("expert", "expert"))
     rows = _rows(run, output)
-    if settings.pop("only_right", False):
+    if own.get("only_right"):
         rows = rows.map(lambda row: {"expert_completions": _right(row)}, load_from_cache_file=False)
+    method = own.get("method", "grpo")
     if method == "sft":
-        return [_sft(model, tokenizer, rows, shared, meter)]
+        return [_sft(model, tokenizer, rows, settings, meter)]
     if method == "sft_then_grpo":
-        first = _sft(model, tokenizer, rows, {**shared, "max_steps": sft_steps}, meter)
+        sft_steps = round(own["sft_share"] * settings["max_steps"])
+        first = _sft(model, tokenizer, rows, settings | {"max_steps": sft_steps}, meter)
         meter.first_step = sft_steps
-        shared["max_steps"] -= sft_steps
-        return [first, _grpo(first.model, None, tokenizer, task, rows, shared, meter)]
+        settings["max_steps"] -= sft_steps
+        return [first, _grpo(first.model, expert, tokenizer, task, rows, settings, meter)]
     if method == "hints":
-        rows = _hinted(rows, shared, hint_steps, run.seed)
-        return [_grpo(model, None, tokenizer, task, rows, shared | {"shuffle_dataset": False}, meter)]
-    config = SelectiveGuidanceGRPOConfig(**shared | settings)
-    guide = str(output / "models" / run.task / expert) if config.num_guided_generations else None
-    return [_grpo(model, guide, tokenizer, task, rows, shared | settings, meter)]
+        rows = _hinted(rows, settings, own["hint_steps"], run.seed)
+        settings["shuffle_dataset"] = False
+    return [_grpo(model, expert, tokenizer, task, rows, settings, meter)]
 
 
 def _rows(run: Run, output: Path) -> datasets.Dataset:
@@ -235,12 +234,14 @@ def _right(row: dict) -> list[str]:
     return [answer for answer, reward in answers if reward > 0.5]
 
 
-def _grpo(model, expert: str | None, tokenizer, task: Task, rows, settings: dict, meter: Meter):
+def _grpo(model, expert: str, tokenizer, task: Task, rows, settings: dict, meter: Meter):
+    """GRPO, guided by the expert in a folder where the settings say so."""
+    args = SelectiveGuidanceGRPOConfig(**settings, max_completion_length=task.max_completion_length)
     trainer = SelectiveGuidanceGRPOTrainer(
         model=model,
-        expert_model=expert,
+        expert_model=expert if args.num_guided_generations else None,
         reward_funcs=task.reward,
-        args=SelectiveGuidanceGRPOConfig(**settings, max_completion_length=task.max_completion_length),
+        args=args,
         train_dataset=rows,
         processing_class=tokenizer,
         callbacks=[meter],
