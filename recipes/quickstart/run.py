@@ -172,11 +172,10 @@ def main() -> None:
     print(f"\n{len(heldout)} held-out problems, {arguments.num_samples} answers to each\n\n{table(evaluations)}\n")
     for name in arguments.runs:
         print(f"{name}: {updates[name]} updates of 128 rollouts each, {seconds[name]:.0f} s")
-    for name in arguments.runs if "grpo" in arguments.runs else ():
-        if name == "grpo":
-            continue
-        gained = evaluations[name].pass_at_k[1] - evaluations["grpo"].pass_at_k[1]
-        print(f"With the same rollouts and updates, {name} is {100 * gained:+.0f} points of pass@1 from plain GRPO.")
+    if "grpo" in arguments.runs:
+        for name in (name for name in arguments.runs if name != "grpo"):
+            gained = 100 * (evaluations[name].pass_at_k[1] - evaluations["grpo"].pass_at_k[1])
+            print(f"With the same rollouts and updates, {name} is {gained:+.0f} points of pass@1 from plain GRPO.")
     print(f"Models with their cards, completions, logs, results.json and pictures are in {output}")
 
 

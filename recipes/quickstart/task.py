@@ -19,6 +19,7 @@ from functools import cache
 
 SIDE = 6
 NUM_WALLS = 9
+NUM_TRAIN, NUM_HELDOUT = 1024, 128
 MIN_DISTANCE, MAX_DISTANCE = 4, 9
 MAX_COMPLETION_TOKENS = 26  # 10 moves with their cells, 5 fillers, the end token
 MOVES = {"U": (-1, 0), "D": (1, 0), "L": (0, -1), "R": (0, 1)}
@@ -80,10 +81,10 @@ def problems(
     return list(found)
 
 
-def train_and_heldout(num_train: int = 1024, num_heldout: int = 128) -> tuple[list[Problem], list[Problem]]:
+def train_and_heldout() -> tuple[list[Problem], list[Problem]]:
     """The quickstart's training problems and its held-out problems, disjoint."""
-    train = problems(num_train, seed=12345)
-    return train, problems(num_heldout, seed=2026, exclude=frozenset(train))
+    train = problems(NUM_TRAIN, seed=12345)
+    return train, problems(NUM_HELDOUT, seed=2026, exclude=frozenset(train))
 
 
 def solution(problem: Problem, completion: str) -> tuple[int, ...] | None:
