@@ -28,6 +28,11 @@ def setting(help: str, default: Any = None) -> Any:
     return field(default=default, metadata={"help": help})
 
 
+def as_dict(value: dict[str, Any] | str | None) -> dict[str, Any]:
+    """A mapping, of a YAML file or as JSON of the command line."""
+    return json.loads(value) if isinstance(value, str) else dict(value or {})
+
+
 class HelpLines(HelpFormatter):
     """One line of help per setting, with TRL's and our defaults behind it."""
 

@@ -20,7 +20,6 @@ from trl import ModelConfig, get_peft_config
 
 from trl_selective import SelectiveGuidanceGRPOConfig
 from trl_selective.checks import check_columns
-from trl_selective.functional.importance import TRUNCATED
 from trl_selective.memory import (
     GIB,
     Estimate,
@@ -206,10 +205,8 @@ def plan(args: SelectiveGuidanceGRPOConfig, model: ModelConfig, gib: float) -> R
     config, _ = find_config(model.model_name_or_path)
     policy, adapter = model_size(config), get_peft_config(model)
     weight_bytes = DTYPE_BYTES[model.dtype or "float32"]
-    engine = args.vllm_gpu_memory_utilization * gib * GIB if args.use_vllm and args.vllm_mode == "colocate" else 0
-    needs_expert = args.num_guided_generations or (
-        args.num_injected_completions and args.injection_correction in TRUNCATED
-    )
+    engine = args.vllm_gpu_memory_utilization * gib * GIB if args.vllm_mode == "colocate" else 0
+    needs_expert = args.num_guided_generations or args.injection_needs_expert_logps
     is_here = needs_expert and args.expert_model_server_url is None
     expert: ModelSize | None = None
     if is_here and args.expert_model_shares_base:
@@ -218,7 +215,9 @@ def plan(args: SelectiveGuidanceGRPOConfig, model: ModelConfig, gib: float) -> R
         expert = model_size(find_config(args.expert_model_name_or_path)[0])
     expert_dtype = str((args.expert_model_init_kwargs or {}).get("dtype", "bfloat16")).removeprefix("torch.")
     rows = args.per_device_train_batch_size * args.steps_per_generation
-    is_drafting = args.expert_model_server_url is None and args.guided_sampler in ("auto", "speculative")
+    is_drafting = args.guided_sampler in ("auto", "speculative") and not (
+        args.use_vllm or args.expert_model_server_url
+    )
     return Run(
         policy=policy,
         weight_bytes=weight_bytes,
@@ -236,7 +235,7 @@ def plan(args: SelectiveGuidanceGRPOConfig, model: ModelConfig, gib: float) -> R
         draft_tokens=(args.draft_length or args.max_draft_length) + 1 if is_drafting else 1,
         micro_rows=args.per_device_train_batch_size,
         is_checkpointed=args.gradient_checkpointing,
-        engine_bytes=int(engine),
+        engine_bytes=int(engine) if args.use_vllm else None,
     )
 
 

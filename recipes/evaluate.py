@@ -21,7 +21,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from command_line import RecipeParser, setting
+from command_line import RecipeParser, as_dict, setting
 from evaluation_problems import ProblemArguments, SamplingArguments, Task, load_tasks
 from safetensors import SafetensorError
 from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
@@ -42,11 +42,6 @@ from trl_selective.reporting.names import shown_name
 from trl_selective.resuming import OtherRunError, write_whole
 
 BACKENDS = ("transformers", "vllm")
-
-
-def as_dict(value: dict[str, Any] | str | None) -> dict[str, Any]:
-    """A mapping, of a YAML file or as JSON of the command line."""
-    return json.loads(value) if isinstance(value, str) else dict(value or {})
 
 
 @dataclass

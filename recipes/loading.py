@@ -25,8 +25,7 @@ class ScriptArguments:
         "Hub id, local .json/.jsonl/.parquet/.csv file, or folder (of such files, or of `save_to_disk`)."
     )
     dataset_config: str | None = setting("Configuration of a dataset on the Hub.")
-    dataset_train_split: str = setting("Split to train on.", "train")
-    dataset_test_split: str = setting("Split to evaluate on, where `eval_strategy` is set.", "test")
+    dataset_train_split: str = setting("Split with the problems.", "train")
     reward_funcs: list[str] | None = setting(
         f"Names out of {list(REWARD_FUNCS)}, or `package.module.function`, also of files here."
     )
@@ -40,6 +39,7 @@ class ScriptArguments:
 
 @dataclass
 class RecipeArguments(ScriptArguments):
+    dataset_test_split: str = setting("Split to evaluate on, where `eval_strategy` is set.", "test")
     num_processes: int | None = setting(
         "Number of processes that the batch sizes are made for; another number is refused."
     )

@@ -19,9 +19,11 @@ from trl_selective.injection import Choice, Injection, Injector, SampledBatch
 from trl_selective.selection import (
     Always,
     Below,
+    Candidates,
     Effect,
     GroupFailed,
     GroupOutcomes,
+    Selector,
     Trigger,
     WithProbability,
     ZeroVariance,
@@ -322,6 +324,27 @@ def test_rewards_are_weighed():
     injector = make_injector(reward_weights=torch.tensor([1.0, 1.0]))
     injection = injector.choose(make_batch([[0.4] * 4]), lambda pairs, n: torch.tensor([[0.9, NAN]]), never)
     assert rows_of(injection) == [3]  # only the functions that scored it count
+
+
+@dataclass(frozen=True)
+class Shown(Selector):
+    """Keeps what it was shown."""
+
+    shown: list[Candidates]
+    name = "shown"
+
+    def scores(self, candidates: Candidates) -> list[float]:
+        self.shown.append(candidates)
+        return [0.0] * len(candidates)
+
+
+def test_selectors_are_shown_the_policys_own_rollouts_of_the_group():
+    batch = make_batch([[0.1, 0.2, 0.3], [0.4, 0.5, 0.0]], is_guided=[[False, False, True], [False, False, True]])
+    batch.completion_ids = [[10 * group + slot, 1] for group in range(2) for slot in range(3)]
+    shown: list[Candidates] = []
+    inject(replace(make_injector(Always()), selector=Shown(shown)), batch)
+    assert [candidates.rollouts for candidates in shown] == [[[0, 1], [1, 1]], [[10, 1], [11, 1]]]
+    assert [candidates.rewards for candidates in shown] == [pytest.approx([0.1, 0.2]), pytest.approx([0.4, 0.5])]
 
 
 # ---- Which -----------------------------------------------------------------------------------------------------------------------------

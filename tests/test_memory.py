@@ -123,5 +123,15 @@ def test_what_changes_what():
     assert parted.update == {**sharded.update, "policy, a layer": 1000}  # of two
 
     engine = estimate_memory(replace(RUN, engine_bytes=99))
-    assert (engine.always["inference engine"], engine.rollouts) == (99, {})
-    assert rollout_bytes_per_token(replace(RUN, engine_bytes=99, expert=None)) == 0
+    ours = {
+        "cache of the expert": 100 * 4 * EXPERT_SIZE.kv_values_per_token * 2,
+        "distributions": 4 * POLICY_SIZE.vocab_size * 4,
+    }
+    assert (engine.always["inference engine"], engine.rollouts) == (99, ours)
+    elsewhere = estimate_memory(replace(RUN, engine_bytes=0, is_expert_offloaded=True))
+    assert "inference engine" not in elsewhere.always
+    assert elsewhere.rollouts == {"expert, offloaded otherwise": 6000, **ours}
+    parted = replace(RUN, engine_bytes=0, num_shards=4, is_policy_sharded=True)
+    assert estimate_memory(parted).rollouts == {"policy, whole": 2000, **ours}
+    nobody = replace(parted, expert=None, guided_rows=0)
+    assert (estimate_memory(nobody).rollouts, rollout_bytes_per_token(nobody)) == ({}, 0)

@@ -66,3 +66,12 @@ def test_a_log_probability_may_round_to_just_above_0():
 def test_a_weight_lies_in_0_to_1(weight):
     with pytest.raises(ValueError, match=rf"Row 1, token 0 has log pi_mix = 0.0 and guidance weight w = {weight}"):
         rollout(guidance_weights=[[0.5, 0.0, 1.0], [weight]])
+
+
+def test_a_record_that_is_not_scored_is_checked_by_the_policy():
+    unknown = {"sampling_per_token_logps": [[math.nan] * 3, [math.nan]], "is_scored": False}
+    assert rollout(**unknown).num_tokens == 4
+    with pytest.raises(ValueError, match="Row 1, token 0 has log pi_theta = nan"):
+        rollout(**unknown, policy_per_token_logps=[[-1.5, -0.25, -0.25], [math.nan]])
+    with pytest.raises(ValueError, match="Row 0, token 0 has log pi_mix = nan"):
+        rollout(sampling_per_token_logps=[[math.nan] * 3, [math.nan]])

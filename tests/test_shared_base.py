@@ -92,7 +92,7 @@ def test_a_new_adapter_is_warned_of_a_base_that_it_equals(tmp_path):
 def test_an_adapter_that_truncates_its_base_is_refused(tmp_path):
     if not hasattr(peft, "KasaConfig"):
         pytest.skip("this PEFT has no KaSA")
-    with pytest.raises(ValueError, match="The policy's adapter has kasa_config=KasaConfig.*changes the base model"):
+    with pytest.raises(ValueError, match=r"The policy's adapter has kasa_config=KasaConfig.*changes the base model"):
         shared(tmp_path, lora={"kasa_config": peft.KasaConfig()})
 
 

@@ -6,6 +6,7 @@ import pytest
 import torch
 
 from tests.processes import Processes
+from trl_selective.functional.thresholds import NUM_BINS
 from trl_selective.threshold import EntropyThreshold
 
 QUANTILE, VOCAB = 0.8, 50
@@ -101,3 +102,12 @@ def test_a_state_before_any_measurement():
     resumed = make(init=9.0)
     resumed.load_state_dict(make().state_dict(), is_main_process=True)
     assert resumed.measure() is None
+
+
+@pytest.mark.parametrize("counts", [{"0": -1}, {"-1": 1}, {str(NUM_BINS): 1}, {"0": 1, "5": -1}])
+def test_counts_that_cannot_be_are_refused(counts):
+    make().load_state_dict(
+        {"entropy_threshold": 1.0, "entropy_counts": {"0": 0, str(NUM_BINS - 1): 1}}, is_main_process=True
+    )
+    with pytest.raises(ValueError, match="counts out of range"):
+        make().load_state_dict({"entropy_threshold": 1.0, "entropy_counts": counts}, is_main_process=True)

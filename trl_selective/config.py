@@ -126,15 +126,14 @@ class SelectiveGuidanceGRPOConfig(GRPOConfig):
         expert_model_server_patience (`float`, *optional*, defaults to `600.0`):
             Seconds for which a request to that server is repeated while it fails, before training stops.
         expert_model_shares_base (`bool`, *optional*, defaults to `False`):
-            With a policy that trains an adapter (PEFT): the expert is the policy's own base model, with its adapter off; or, if
-            `expert_model_name_or_path` names another adapter of that base, the base with that one. The weights of the base are in memory
-            once.
+            With a policy that trains an adapter (PEFT): the expert is the policy's base model with the adapter that `expert_model_name_or_path`
+            names; or, if it names none, that base alone, which a new adapter does not differ from. The weights of the base are in memory once.
 
         > Parameters that control where the expert steps in (Eq. 6)
 
         guidance_weighting (`str`, *optional*, defaults to `"entropy"`):
-            How the expert's share w of the mixture follows from the policy's entropy H: `"entropy"`, w = min(1, H / threshold);
-            `"hard_gate"`, w = 1 where H >= threshold; `"constant"`, w = `guidance_weight_max` everywhere.
+            How the expert's share w of the mixture follows from the policy's entropy H: `"entropy"`, w = min(w_max, H / threshold);
+            `"hard_gate"`, w = w_max where H >= threshold, else 0; `"constant"`, w = w_max. w_max is `guidance_weight_max`.
         guidance_weight_max (`float`, *optional*, defaults to `1.0`):
             Upper bound of w. Below 1 it bounds the importance ratio by 1 / (1 - guidance_weight_max).
         entropy_quantile (`float`, *optional*, defaults to `0.95`):

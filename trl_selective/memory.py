@@ -87,7 +87,7 @@ class Run:
         draft_tokens: positions per row for which the sampler holds whole distributions.
         micro_rows: rows of one forward and backward pass.
         is_checkpointed: activations are recomputed in the backward pass.
-        engine_bytes: what an inference engine reserves, with its own weights and cache; 0: rollouts by Transformers.
+        engine_bytes: what an inference engine reserves here, with its own weights and cache (0 for one elsewhere); None: rollouts by Transformers.
         num_shards: processes over which ZeRO and FSDP2 split gradients, optimizer and float32 weights; 1: nothing is split.
         is_policy_sharded: its weights are split as well (ZeRO-3, FSDP2), and whole on each process during rollouts.
     """
@@ -108,7 +108,7 @@ class Run:
     is_expert_offloaded: bool = False
     frozen_copies: int = 0
     draft_tokens: int = 1
-    engine_bytes: int = 0
+    engine_bytes: int | None = None
     num_shards: int = 1
     is_policy_sharded: bool = False
 
@@ -165,22 +165,22 @@ def _always(run: Run) -> dict[str, int]:
             "optimizer": optimizer,
             "frozen copies of the policy": run.frozen_copies * _policy_weights(run),
             "expert": 0 if run.is_expert_offloaded else _expert_weights(run),
-            "inference engine": run.engine_bytes,
+            "inference engine": run.engine_bytes or 0,
         }
     )
 
 
 def _rollouts(run: Run) -> dict[str, int]:
-    if run.engine_bytes:
-        return {}
-    laws = 2 if run.guided_rows else 1  # the policy's distributions, and the expert's
+    has_engine, is_guided = run.engine_bytes is not None, bool(run.guided_rows)
+    # The policy's, where no engine has them, and the expert's.
+    laws = run.guided_rows if has_engine else run.rows * (1 + is_guided)
     return _present(
         {
-            "policy, whole": _policy_weights(run) if run.is_policy_sharded else 0,
+            "policy, whole": _policy_weights(run) if run.is_policy_sharded and (is_guided or not has_engine) else 0,
             "expert, offloaded otherwise": _expert_weights(run) if run.is_expert_offloaded else 0,
             "cache of the policy": run.row_tokens * _policy_cache(run),
             "cache of the expert": run.row_tokens * _expert_cache(run),
-            "distributions": laws * run.rows * run.draft_tokens * run.policy.vocab_size * FLOAT32,
+            "distributions": laws * run.draft_tokens * run.policy.vocab_size * FLOAT32,
         }
     )
 
@@ -202,7 +202,7 @@ def _policy_weights(run: Run) -> int:
 
 
 def _policy_cache(run: Run) -> int:
-    return 0 if run.engine_bytes else run.rows * run.policy.kv_values_per_token * run.weight_bytes
+    return run.rows * run.policy.kv_values_per_token * run.weight_bytes if run.engine_bytes is None else 0
 
 
 def _expert_cache(run: Run) -> int:

@@ -10,6 +10,7 @@
 
 import math
 import random
+from argparse import ArgumentParser
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -116,6 +117,7 @@ def save(model, tokenizer, folder: Path) -> None:
 
 
 def main() -> None:
+    ArgumentParser(description="Make the models of the quickstart anew, in place of the shipped ones.").parse_args()
     torch.manual_seed(0)
     train, heldout = train_and_heldout()
     check = problems(512, seed=99, exclude=frozenset(train + heldout))  # neither trained on nor reported

@@ -76,7 +76,7 @@ SECTIONS = {
             collection("`--sed 1`", {"sed": "1"}, "command line, --sed: there is no such setting. Did you mean '--seed'?"),
             collection("`--temperature 0`", {"temperature": "0"}, "command line, --temperature: temperature must be above 0, got 0.0."),
             collection("`--expert_model_name_or_path nowhere`", {"expert_model_name_or_path": "nowhere"}, "The expert 'nowhere' could not be loaded. Expected a Hub id, a folder with a model, or a model; its weights in safetensors, into which `save_pretrained` puts older ones (or set use_safetensors to False in expert_model_init_kwargs, if you trust them). …"),
-            collection("a tokenizer for log-probabilities, and an endpoint", NO_KEYS, "command line, --policy_tokenizer_name_or_path: policy_tokenizer_name_or_path='…quickstart/policy' and eos_token=None are for log-probabilities, which are not taken from an endpoint: leave them unset, or leave base_url unset."),
+            collection("a tokenizer for log-probabilities, and an endpoint", NO_KEYS, "command line, --policy_tokenizer_name_or_path: policy_tokenizer_name_or_path='…quickstart/policy': that is for log-probabilities, which are not taken from an endpoint. Leave it unset, or leave base_url unset."),
         ],
     ),
 }  # fmt: skip

@@ -11,6 +11,7 @@ from tests.training import POLICY
 from trl_selective.experts import CompletionReader, ExpertCompletion
 
 NAN, INF = float("nan"), float("inf")
+BLANK = "\N{LOWER ONE EIGHTH BLOCK}"  # SentencePiece's
 PROMPT = "2 7 > 9 :"
 QUESTION = [{"role": "system", "content": "Be brief."}, {"role": "user", "content": "What is 2 + 2?"}]
 
@@ -237,7 +238,7 @@ def test_a_template_that_ends_no_message(chat):
 @pytest.fixture(scope="module")
 def pieces() -> LlamaTokenizer:
     """As Llama 2, Mistral and TinyLlama have it: a blank is put before the first word of what is read."""
-    words = ["\N{LOWER ONE EIGHTH BLOCK}".join(("", word)) for word in ("The", "answer", "is", "4", "2", "+", "[/INST]")]
+    words = [f"{BLANK}{word}" for word in ("The", "answer", "is", "4", "2", "+", "[/INST]")]
     vocabulary = ["<unk>", "<s>", "</s>", *(f"<0x{byte:02X}>" for byte in range(256))]
     merges = []
     for word in [*words, "The", "assistant"]:
@@ -253,9 +254,7 @@ LLAMA_2 = (
     "{% for m in messages %}{% if m.role == 'user' %}<s>[INST] {{ m.content }} [/INST]{% elif m.role == 'assistant' %} {{ m.content }}</s>"
     "{% endif %}{% endfor %}"
 )
-ZEPHYR = (
-    "{% for m in messages %}<|{{ m.role }}|>\n{{ m.content }}</s>\n{% endfor %}{% if add_generation_prompt %}<|assistant|>\n{% endif %}"
-)
+ZEPHYR = "{% for m in messages %}<|{{ m.role }}|>\n{{ m.content }}</s>\n{% endfor %}{% if add_generation_prompt %}<|assistant|>\n{% endif %}"
 
 
 @pytest.mark.parametrize("template", [LLAMA_2, ZEPHYR], ids=["llama_2", "zephyr"])
@@ -268,7 +267,7 @@ def test_an_answer_has_the_tokens_that_it_has_in_its_conversation(pieces, templa
     (found,) = reader.read(row_of([messages[-1:]], prompt=QUESTION))
     assert [*prompt_ids, *found.token_ids] == ids[: len(prompt_ids) + len(found.token_ids)]
     assert found.token_ids[-1] == pieces.eos_token_id
-    is_blank_before = pieces.convert_ids_to_tokens(found.token_ids[0]).startswith("\N{LOWER ONE EIGHTH BLOCK}")
+    is_blank_before = pieces.convert_ids_to_tokens(found.token_ids[0]).startswith(BLANK)
     assert is_blank_before is (template == LLAMA_2)
 
 

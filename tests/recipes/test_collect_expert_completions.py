@@ -4,12 +4,14 @@ import json
 import os
 import re
 import runpy
+import shutil
 import signal
 import subprocess
 import sys
 import time
 
 import pytest
+from transformers import AutoTokenizer
 
 from tests.endpoint import Endpoint
 from tests.training import EXPERT, POLICY, QUICKSTART, path_dataset
@@ -96,6 +98,30 @@ def test_an_endpoint_with_a_system_prompt_and_only_right_answers(tmp_path, start
     kept = sum(len(line["expert_completions"]) for line in lines)
     assert 0 < kept < 96
     assert f"{kept} kept, {kept} of them without log-probabilities" in capsys.readouterr().out
+
+
+def test_the_chat_template_gets_its_arguments(tmp_path, start):
+    (tmp_path / "liked.py").write_text("def liked(completions, **columns):\n    return [1.0] * len(completions)\n")
+    with Endpoint(lambda prompt, *question: (prompt, "stop")) as endpoint:
+        start(
+            base_url=endpoint.url,
+            expert_model_name_or_path="served",
+            reward_funcs="liked.liked",
+            system_prompt="Find a path.",
+            chat_template_kwargs='{"enable_thinking": false}',
+        )
+    assert all(body["chat_template_kwargs"] == {"enable_thinking": False} for _, body in endpoint.requests)
+
+
+def test_texts_for_an_expert_with_a_chat_template_are_pointed_out(tmp_path, start):
+    tokenizer = AutoTokenizer.from_pretrained(EXPERT)
+    tokenizer.chat_template = "{% for m in messages %}{{ m.content }} {% endfor %}"
+    shutil.copytree(EXPERT, tmp_path / "expert")
+    tokenizer.save_pretrained(tmp_path / "expert")
+    with pytest.warns(
+        UserWarning, match="as plain texts, though its tokenizer has a chat template.*set system_prompt"
+    ):
+        start(expert_model_name_or_path=str(tmp_path / "expert"))
 
 
 def test_a_server_that_breaks_down_ends_it_with_one_line(start, capsys):

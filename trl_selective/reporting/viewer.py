@@ -77,7 +77,9 @@ def write_viewer_of_run(folder: str | Path, path: str | Path, max_rollouts: int 
 def add_command(commands: argparse._SubParsersAction) -> None:
     """Add the command `viewer`."""
     parser = commands.add_parser("viewer", help="write the rollouts of a run as an HTML page")
-    parser.add_argument("folder", type=Path, metavar="OUTPUT_DIR", help="of a guided run with log_completions=True")
+    parser.add_argument(
+        "folder", type=Path, metavar="OUTPUT_DIR", help="of a run with guidance or injection, and log_completions=True"
+    )
     parser.add_argument("--output", type=Path, help=f"file to write (default: OUTPUT_DIR/{FILE_NAME})")
     parser.add_argument(
         "--max_rollouts",

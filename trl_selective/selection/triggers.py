@@ -1,7 +1,8 @@
 """Whether a group gets any expert completion: a trigger looks at the rewards of its own rollouts, and at nothing else.
 
-Triggers are combined with `&` and `|`. A group that none fires for keeps its rollouts, and nothing is computed for it. With `GroupFailed` or
-`ZeroVariance` injection costs no learning signal: the rollouts that make room have the advantage 0.
+Triggers are combined with `&` and `|`. A group that none fires for keeps its rollouts, and nothing is computed for it. With
+`ZeroVariance`, and with `GroupFailed` where all wrong rollouts have the same reward, injection costs no learning signal: the rollouts that make
+room have the advantage 0.
 """
 
 from abc import ABC, abstractmethod
