@@ -20,6 +20,7 @@ from trl import ModelConfig, get_peft_config
 
 from trl_selective import SelectiveGuidanceGRPOConfig
 from trl_selective.checks import check_columns
+from trl_selective.grading import OWN_COLUMNS
 from trl_selective.memory import (
     GIB,
     Estimate,
@@ -144,10 +145,11 @@ def data(arguments: RecipeArguments, args: SelectiveGuidanceGRPOConfig, rewards:
         ValueError: naming what it lacks.
     """
     rows = choose_split(load_splits(arguments), arguments.dataset_train_split, "dataset_train_split")
+    passed_on = [name for name in rows.column_names if name not in OWN_COLUMNS]
     for name, reward in zip(arguments.reward_funcs, rewards, strict=True):
-        if missing := [column for column in columns_of(reward) if column not in rows.column_names]:
+        if missing := [column for column in columns_of(reward) if column not in passed_on]:
             raise ValueError(
-                f"reward_funcs: {name} reads the column {missing[0]!r}, but the data has only {rows.column_names}."
+                f"reward_funcs: {name} reads the column {missing[0]!r}, but of the data TRL passes on only {passed_on}."
             )
     found = f"{arguments.dataset_name}, {len(rows)} rows with the columns {rows.column_names}"
     return found + (f"; {completions(rows, args)}" if args.num_injected_completions else "")

@@ -254,6 +254,10 @@ def _sft(model: str, tokenizer, rows: datasets.Dataset, settings: dict, meter: M
     """Supervised training on the expert's right answers; as many of them in an update as there are rollouts in one of GRPO."""
     names = SFTConfig.__dataclass_fields__
     answers = [{"prompt": row["prompt"], "completion": f" {answer}"} for row in rows for answer in _right(row)]
+    if not answers:
+        raise ValueError(
+            "The expert has no right answer to any problem: there is nothing to train on. Train it longer."
+        )
     trainer = SFTTrainer(
         model=model,
         args=SFTConfig(**{name: value for name, value in settings.items() if name in names}, max_length=None),

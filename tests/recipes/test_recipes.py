@@ -170,7 +170,7 @@ def test_what_is_here_is_looked_at(here, tmp_path):
 @pytest.mark.parametrize(
     ("recipe", "changes", "message"),
     [
-        (LORA, ["--reward_funcs", "boxed_accuracy", "letters.half"], "boxed_accuracy reads the column 'solution', but the data has only"),
+        (LORA, ["--reward_funcs", "boxed_accuracy", "letters.half"], "boxed_accuracy reads the column 'solution', but of the data TRL passes on only"),
         (LORA, ["--reward_funcs", "boxed_acuracy"], "reward_funcs: got 'boxed_acuracy', expected one of"),
         (LORA, ["--reward_weights", "1"], "reward_weights has 1 entries, expected one for each of the reward_funcs"),
         (LORA, ["--correctness_reward", "accuracy"], "correctness_reward must be one of the reward functions ["),
@@ -186,10 +186,10 @@ def test_what_a_dry_run_refuses(here, monkeypatch, recipe, changes, message):
         dry_run(*parsed(recipe, *here, *changes))
 
 
-@pytest.mark.parametrize("name", ["completions_ids", "kwargs"])
+@pytest.mark.parametrize("name", ["completions_ids", "kwargs", "prompt"])
 def test_what_trl_gives_to_no_reward_function_is_a_column(here, tmp_path, name):
     (tmp_path / f"needs_{name}.py").write_text(f"def reward(completions, {name}): return [0.0] * len(completions)")
-    message = f"needs_{name}.reward reads the column '{name}', but the data has only"
+    message = f"needs_{name}.reward reads the column '{name}', but of the data TRL passes on only"
     with pytest.raises(ValueError, match=message):
         dry_run(*parsed(LORA, *here, "--reward_funcs", f"needs_{name}.reward", "letters.half"))
 
