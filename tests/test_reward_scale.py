@@ -70,7 +70,8 @@ def test_rewards_beyond_the_unit():
     (message,) = problems([[0.0, 10.0], [0.0, 0.0]]).values()
     assert message.startswith("Reward function 'answer' gives 10, but with reward_range unset")
     assert problems([[0.0, 10.0], [0.0, 0.0]], weights=(1.0, 0.0)) == {}  # which does not count
-    assert set(problems([[-0.5, 0.0], [0.0, 0.0]])) == {"reward_range"}
+    for beyond in (-0.5, 1.5):
+        assert set(problems([[beyond, 0.0], [0.0, 0.0]])) == {"reward_range"}
 
 
 def test_a_function_that_decides_makes_the_range_a_matter_of_advantages():
@@ -82,6 +83,8 @@ def test_a_function_that_decides_makes_the_range_a_matter_of_advantages():
 
 def test_rewards_beyond_the_users_range():
     assert set(problems([[0.0, 2.0], [0.0, 0.0]], reward_range=3.0)) == {"reward_range"}
+    assert set(problems([[-0.1, 0.0], [0.0, 0.0]], reward_range=3.0)) == {"reward_range"}
+    assert problems([[3.0, 0.0], [0.0, 0.0]], reward_range=3.0) == {}
     assert problems([[0.0, 2.0], [0.0, 0.0]], reward_range=3.0, correctness_reward="answer") == {}
 
 
