@@ -1,9 +1,11 @@
 """What the config accepts and fills in. What it refuses and warns about stands in the table of tests/bad_input/."""
 
+import json
 import warnings
 from dataclasses import dataclass
 
 import pytest
+from transformers import BitsAndBytesConfig
 from trl import GRPOConfig, TrlParser
 
 from tests.bad_input.settings import IDLE_OF_GUIDANCE, IDLE_OF_INJECTION
@@ -92,6 +94,17 @@ def test_a_config_survives_its_own_serialisation(settings):
     kept = {name: value for name, value in first.to_dict().items() if name in GUIDANCE_FIELDS | {"preset"}}
     again = config(**{**settings, **kept})
     assert all(getattr(again, name) == getattr(first, name) for name in GUIDANCE_FIELDS)
+
+
+def test_trackers_are_told_of_quantisation():
+    """Which Transformers does for the policy's arguments alone."""
+    quantised = {"quantization_config": BitsAndBytesConfig(load_in_4bit=True), "device_map": "auto"}
+    args = config(**GUIDED, expert_model_init_kwargs=quantised, model_init_kwargs=dict(quantised))
+    told = json.loads(args.to_json_string())
+    for name in ("expert_model_init_kwargs", "model_init_kwargs"):
+        assert told[name]["quantization_config"]["load_in_4bit"] is True
+        assert told[name]["device_map"] == "auto"
+    assert args.expert_model_init_kwargs["quantization_config"] is quantised["quantization_config"]
 
 
 def test_luffy_as_published():

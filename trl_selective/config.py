@@ -81,11 +81,15 @@ def _option(help: str, **kwargs) -> Any:
     return field(default=None, metadata={"help": help, **kwargs})
 
 
-def _without_tokens(settings: dict[str, Any]) -> dict[str, Any]:
-    """Settings, without the keys for a Hub that are among the arguments of `from_pretrained`."""
+def _as_told(settings: dict[str, Any]) -> dict[str, Any]:
+    """Settings as others are told them: of the arguments of `from_pretrained` without the keys for a Hub, and with quantisation as a dict."""
     arguments = {name: settings[name] for name in ("model_init_kwargs", "expert_model_init_kwargs")}
     return settings | {
-        name: {key: value for key, value in given.items() if key != "token"}
+        name: {
+            key: value.to_dict() if hasattr(value, "to_dict") else value
+            for key, value in given.items()
+            if key != "token"
+        }
         for name, given in arguments.items()
         if isinstance(given, dict)
     }
@@ -343,11 +347,11 @@ class SelectiveGuidanceGRPOConfig(GRPOConfig):
 
     def __getstate__(self) -> dict[str, Any]:
         """Copies and pickles carry no key: the trainer saves the arguments beside the model, and pushes that folder to the Hub."""
-        return _without_tokens({**self.__dict__, "hub_token": None})
+        return _as_told({**self.__dict__, "hub_token": None})
 
     def to_dict(self) -> dict[str, Any]:
         """What trackers are told: Transformers masks `hub_token` alone."""
-        return _without_tokens(super().to_dict())
+        return _as_told(super().to_dict())
 
     def __str__(self) -> str:
         settings = "".join(f"{name}={value!r},\n" for name, value in sorted(self.to_dict().items()))
@@ -509,7 +513,7 @@ class SelectiveGuidanceGRPOConfig(GRPOConfig):
     def in_effect(self) -> dict[str, Any]:
         """The settings of guidance that are set and do something, in their order."""
         idle = {name for _, applies, names in self._idle_settings() if applies for name in names}
-        settings = _without_tokens({option.name: getattr(self, option.name) for option in fields(self)})
+        settings = _as_told({option.name: getattr(self, option.name) for option in fields(self)})
         return {
             name: value for name, value in settings.items() if name in GUIDANCE_FIELDS - idle and value is not None
         }
