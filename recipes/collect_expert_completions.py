@@ -70,9 +70,7 @@ class CollectArguments:
         self.chat_template_kwargs = as_dict(self.chat_template_kwargs)
 
 
-def local_source(
-    script: ScriptArguments, arguments: CollectArguments, sampling: Sampling, prompts: Sequence
-) -> LocalSource:
+def local_source(script: ScriptArguments, arguments: CollectArguments, sampling: Sampling) -> LocalSource:
     name = arguments.expert_model_name_or_path
     if arguments.policy_tokenizer_name_or_path and script.tokenizer_name_or_path:
         raise ValueError(
@@ -82,17 +80,10 @@ def local_source(
     model = load_expert(
         name, accelerator_or_cpu(), init_kwargs={"dtype": arguments.dtype} if arguments.dtype else None
     )
-    tokenizer = load_expert_tokenizer(model)
-    if tokenizer.chat_template is not None and isinstance(prompts[0], str):
-        warnings.warn(
-            "Prompts go to the expert as plain texts, though its tokenizer has a chat template. If it was trained on conversations, set system_prompt "
-            "to that of the training to come.",
-            stacklevel=3,
-        )
     policy = ModelConfig(model_name_or_path=arguments.policy_tokenizer_name_or_path or name)
     return LocalSource(
         model,
-        tokenizer,
+        load_expert_tokenizer(model),
         shown_name(name),
         sampling,
         policy_tokenizer=load_tokenizer(script, policy)
@@ -100,6 +91,15 @@ def local_source(
         batch_size=arguments.batch_size,
         chat_template_kwargs=arguments.chat_template_kwargs,
     )
+
+
+def point_out_texts(prompts: Sequence, source: LocalSource) -> None:
+    if source.tokenizer.chat_template is not None and isinstance(prompts[0], str):
+        warnings.warn(
+            "Prompts go to the expert as plain texts, though its tokenizer has a chat template. If it was trained on conversations, set system_prompt "
+            "to that of the training to come.",
+            stacklevel=3,
+        )
 
 
 def endpoint_source(script: ScriptArguments, arguments: CollectArguments, sampling: Sampling) -> EndpointSource:
@@ -136,11 +136,10 @@ def main(script: ScriptArguments, arguments: CollectArguments, sampling: Samplin
     with parser.user_errors():
         rows = choose_split(load_splits(script), script.dataset_train_split, "dataset_train_split")
         verifier = Verifier([load_reward(name) for name in script.reward_funcs or ()], arguments.reward_weights)
-        source = (
-            endpoint_source(script, arguments, sampling)
-            if arguments.base_url
-            else local_source(script, arguments, sampling, rows["prompt"])
-        )
+        make_source = local_source if arguments.base_url is None else endpoint_source
+        source = make_source(script, arguments, sampling)
+        if isinstance(source, LocalSource):
+            point_out_texts(rows["prompt"], source)
     with parser.clear_errors(OtherRunError, ExpertServerError):
         tally = collect(rows, source, verifier, arguments.output_file, only_above=arguments.only_above)
     print(summary(tally, arguments.output_file))
