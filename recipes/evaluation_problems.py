@@ -10,6 +10,7 @@ from datasets import Dataset
 from loading import ScriptArguments, choose_split, load_reward, load_splits, read_splits
 
 from trl_selective.evaluation import BENCHMARKS, SamplingProtocol, as_problem
+from trl_selective.evaluation.benchmarks import MATH
 from trl_selective.rewards import boxed_accuracy_reward
 
 
@@ -26,7 +27,9 @@ class ProblemArguments:
         "boxed_accuracy. trl_selective.rewards.boxed_choice_reward is for letters."
     )
     max_problems: int | None = setting("Evaluate only the first ones of each.")
-    instruction: str | None = setting("End of each prompt; default: the benchmark's, none for a dataset; '' for none.")
+    instruction: str | None = setting(
+        "End of each prompt; default: the benchmark's, but none for a dataset, nor for mathematics with a system_prompt; '' for none."
+    )
     system_prompt: str | None = setting("Turns text prompts into conversations that start with this system message.")
     apply_chat_template: bool | None = setting("Turn text prompts into conversations also without a system prompt.")
 
@@ -79,7 +82,10 @@ def load_benchmark(name: str, arguments: ProblemArguments, protocol: SamplingPro
     benchmark = BENCHMARKS[name]
     where = (benchmark.dataset, benchmark.config, benchmark.split)
     rows = first(choose_split(read_splits(*where), benchmark.split, "dataset_split"), arguments.max_problems)
-    problems = Dataset.from_list([as_problem(benchmark, row, i, arguments.instruction) for i, row in enumerate(rows)])
+    instruction = arguments.instruction
+    if instruction is None and arguments.system_prompt is not None and benchmark.instruction == MATH:
+        instruction = ""  # which the system prompt gives, as in training
+    problems = Dataset.from_list([as_problem(benchmark, row, i, instruction) for i, row in enumerate(rows)])
     return Task(name, *where, in_form(problems, arguments), benchmark.reward_func, protocol)
 
 

@@ -29,7 +29,7 @@ from loading import LOADERS
 from tqdm.auto import tqdm
 from transformers import AutoTokenizer
 
-from trl_selective.rewards import last_boxed
+from trl_selective.boxed_answers import last_boxed
 
 DATASETS = {
     "math": "DigitalLearningGmbH/MATH-lighteval",

@@ -17,6 +17,7 @@ MODULES = sorted((ROOT / "trl_selective").rglob("*.py"))
 # From the ground up: a module imports from its own part and from those before it.
 PARTS = [
     "functional",
+    "boxed_answers",
     "reward_calls",
     "reward_scale",
     "loss_inputs",

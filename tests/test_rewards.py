@@ -4,7 +4,7 @@ import threading
 
 import pytest
 
-from trl_selective.rewards import boxed_accuracy_reward, boxed_choice_reward, last_boxed, think_boxed_format_reward
+from trl_selective.rewards import boxed_accuracy_reward, boxed_choice_reward, think_boxed_format_reward
 
 
 @pytest.mark.parametrize(
@@ -51,7 +51,24 @@ def test_conversations_are_graded_by_their_last_message():
         (r"\boxed{ (B) }", " B ", 1.0),
         (r"\boxed{A}, no: \boxed{B}", "B", 1.0),
         (r"\boxed{A}", "B", 0.0),
+        (r"\boxed{B) mitosis}", "B", 1.0),
+        (r"\boxed{B \text{ mitosis}}", "B", 1.0),
+        (r"\boxed{\text{Option B}}", "B", 1.0),
+        (r"\boxed{Answer: B}", "B", 1.0),
+        (r"\boxed{[B]}", "B", 1.0),
+        (r"\boxed{\{B\}}", "B", 1.0),
+        (r"\boxed{\textit{B}}", "B", 1.0),
+        (r"\boxed{\boldsymbol{B}}", "B", 1.0),
+        (r"\boxed{{\bf B}}", "B", 1.0),
+        (r"\boxed{**B**}", "B", 1.0),
         (r"\boxed{Both}", "B", 0.0),  # a word, not a letter
+        (r"\boxed{\text{A plant}}", "A", 0.0),
+        (r"\boxed{I think B}", "I", 0.0),
+        (r"\boxed{A, B}", "A", 0.0),
+        (r"\boxed{A or B}", "A", 0.0),
+        (r"\boxed{C-H bond}", "C", 0.0),
+        (r"\boxed{C^2}", "C", 0.0),
+        (r"\boxed{E = mc^2}", "E", 0.0),
         (r"\boxed{\frac{1}{2}}", "F", 0.0),
         ("The answer is B.", "B", 0.0),  # no box
         (r"\boxed{B", "B", 0.0),
@@ -101,11 +118,3 @@ def test_a_missing_solution_is_an_error():
 )
 def test_format(completion, reward):
     assert think_boxed_format_reward([completion]) == [reward]
-
-
-@pytest.mark.parametrize(
-    ("text", "boxed"),
-    [(r"a \boxed{b{c}d} e", r"\boxed{b{c}d}"), (r"\boxed{a} \boxed{b", None), (r"\boxed {a{b}} e", r"\boxed{a{b}}"), ("\\boxed\n{a}", r"\boxed{a}"), ("no", None), (r"\boxed{\{1\}}", r"\boxed{\{1\}}"), (r"\boxed{\left\{a\\{b}\right.} e", r"\boxed{\left\{a\\{b}\right.}")],
-)  # fmt: skip
-def test_last_boxed(text, boxed):
-    assert last_boxed(text) == boxed

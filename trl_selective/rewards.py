@@ -6,21 +6,24 @@ The paper adds them up as 0.9 accuracy + 0.1 format for Qwen, 0.8 + 0.2 for Llam
 import re
 import threading
 from collections.abc import Sequence
-from functools import partial
+
+from trl_selective.boxed_answers import is_equal, last_boxed
 
 Completion = str | Sequence[dict]
 
-BOXED = re.compile(r"\\boxed\s*\{")
-BRACE = re.compile(r"\\.|[{}]", re.DOTALL)  # an escaped one, as in `\{1, 2\}`, opens and closes nothing
-FULL_STOP = re.compile(r"\s*[.,]\s*}$")  # `\boxed{5.}`
-CHOICE = re.compile(r"\\boxed\{[\s$(]*(?:\\(?:text|textbf|mathrm|mathbf)\{)*[\s(]*(?P<letter>[A-Za-z])(?![A-Za-z0-9])")
+# A letter alone, or before a bracket, a full stop, a colon, or words in a `\\text` of their own.
+CHOICE = re.compile(
+    r"\\boxed\{(?:[\s$(\[{*]|\\[,;:! {]|\\(?:text\w*|math\w+|boldsymbol|fbox|bf)\b|(?:option|answer|choice)\b\s*:?)*"
+    r"(?P<letter>[A-Z])(?=\s*(?:[)\].:}*$]|\\(?:text|quad|[\])} ,;])))",
+    re.IGNORECASE,
+)
 ONE_THOUGHT = re.compile(r"\s*<think>(?:(?!</?think>).)*</think>(?P<answer>(?:(?!</?think>).)*)", re.DOTALL)
 
 
 def boxed_accuracy_reward(
     completions: list[Completion], solution: list[str | float | None], **kwargs
 ) -> list[float | None]:
-    r"""1 if the last `\boxed{}` of a completion equals the solution as a mathematical expression (Math-Verify), else 0.
+    r"""1 if the last `\boxed{}` of a completion equals the solution as a mathematical expression (Math-Verify; see `boxed_answers`), else 0.
 
     Args:
         completions: texts, or conversations whose last message is the answer.
@@ -33,26 +36,15 @@ def boxed_accuracy_reward(
         >>> boxed_accuracy_reward([r"So it is \boxed{0.5}.", "It is 0.5."], solution=[r"\frac{1}{2}", r"\frac{1}{2}"])
         [1.0, 0.0]
     """
-    from math_verify import LatexExtractionConfig, parse, verify
-
     # Math-Verify's timeouts are signals, which only the main thread receives.
-    in_main_thread = threading.current_thread() is threading.main_thread()
-    read = partial(
-        parse,
-        extraction_config=[LatexExtractionConfig(boxed_match_priority=0)],
-        parsing_timeout=5 if in_main_thread else None,
-    )
+    timeout = 5 if threading.current_thread() is threading.main_thread() else None
     rewards: list[float | None] = []
     for completion, right in zip(completions, solution, strict=True):
-        gold = [] if right is None else read(last_boxed(str(right)) or f"\\boxed{{{right}}}")
-        answer = last_boxed(answer_text(completion))
-        if not gold:
-            rewards.append(None)
-        elif answer is None:
-            rewards.append(0.0)
-        else:
-            answer = FULL_STOP.sub("}", answer)
-            rewards.append(float(verify(gold, read(answer), timeout_seconds=5 if in_main_thread else None)))
+        is_right = None
+        if right is not None:
+            box = last_boxed(str(right)) or f"\\boxed{{{right}}}"
+            is_right = is_equal(box, last_boxed(answer_text(completion)), timeout)
+        rewards.append(None if is_right is None else float(is_right))
     return rewards
 
 
@@ -101,14 +93,3 @@ def answer_text(completion: Completion) -> str:
     if isinstance(completion, str):
         return completion
     return (completion[-1]["content"] if completion else None) or ""
-
-
-def last_boxed(text: str) -> str | None:
-    r"""The last `\boxed{...}` of a text, up to the brace that closes it; None if there is none or it stays open."""
-    boxes = [box.end() - 1 for box in BOXED.finditer(text)]
-    depth = 0
-    for brace in BRACE.finditer(text, boxes[-1]) if boxes else ():
-        depth += {"{": 1, "}": -1}.get(brace[0], 0)
-        if depth == 0:
-            return rf"\boxed{text[boxes[-1] : brace.end()]}"
-    return None

@@ -46,6 +46,22 @@ def test_scientific_notation_of_minerva(answer, right):
     assert boxed_accuracy_reward([rf"\boxed{{{right}}}"], [problem["solution"]]) == [1.0]
 
 
+@pytest.mark.parametrize(
+    ("name", "answer", "right"),
+    [
+        ("minerva", "np.arcsin(10/13)", r"\arcsin(10/13)"),
+        ("minerva", "-1./3", r"-\frac13"),
+        ("minerva", "-3./2", "-1.5"),
+        ("olympiadbench", [r"$(-\infty, 0) \cup\{1\}$."], r"(-\infty,0)\cup\{1\}"),
+        ("olympiadbench", ["$2$", "-2"], "-2, 2"),
+    ],
+)
+def test_answers_of_the_files_that_are_written_otherwise(name, answer, right):
+    column = BENCHMARKS[name].columns[1]
+    problem = as_problem(BENCHMARKS[name], {"question": "?", column: answer}, 0)
+    assert boxed_accuracy_reward([rf"\boxed{{{right}}}", r"\boxed{17}"], [problem["solution"]] * 2) == [1.0, 0.0]
+
+
 def test_the_options_of_gpqa_are_shuffled_alike_every_time():
     """Over many rows the right option has all letters, and it is always the one that the solution names."""
     benchmark, row = BENCHMARKS["gpqa_diamond"], ROWS["gpqa_diamond"]

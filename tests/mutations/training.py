@@ -200,6 +200,14 @@ TRAINING = [
         ("part / whole if whole else math.nan", "part", "sums are logged as means"),
     ),
     *mutations(
+        "boxed_answers.py",
+        ('drops_units and getattr(gold[0], "free_symbols", True)', "False", "a variable at the end passes for a unit"),
+        ("for drops_units in (False, True):", "for drops_units in (False,):", "an answer with a unit is wrong"),
+        (" and not _differ(gold[0], said[0])", "", "all small numbers are equal"),
+        ("for pattern, replacement in REWRITTEN:", "for pattern, replacement in ():", "answers are read as they are written"),
+        ("if _plain(right) == _plain(answer):", "if False:", "words in a text are others than words"),
+    ),
+    *mutations(
         "reward_scale.py",
         ("deciding = self.names.index(self.correctness_reward)", "deciding = 0", "the first reward function decides what is right"),
         ("given.new_full((len(given), 1), self.reward_range)", "given.new_full((len(given), 1), 1.0)", "the range that the user gives is not used"),

@@ -233,6 +233,10 @@ def test_benchmarks_of_the_hub_are_sampled_as_the_paper_does(tmp_path, start, mo
     assert (lines[1]["prompt"], lines[1]["solution"]) == ("1 ?\n\n> 5 :", "001")
     assert len(lines[1]["completions"]) == 32
     assert set(results["benchmarks"]) == {"math500", "aime24"}
+    (tmp_path / "template.jinja").write_text("{{ messages[-1]['content'] }}")
+    told = {"system_prompt": "Box the answer.", "chat_template": "template.jinja", "output_dir": "told"}
+    (line, *_), _ = start("math500", **defaults, benchmarks=["math500"], **told)
+    assert [message["content"] for message in line["prompt"]] == ["Box the answer.", "0 ?"]  # as in training
     start(max_problems=1)  # another command adds to the results
     assert set(json.loads((tmp_path / "out" / "results.json").read_text())["benchmarks"]) == {"math500", "aime24", "problems"}  # fmt: skip
 

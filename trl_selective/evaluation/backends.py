@@ -5,9 +5,11 @@ Both take token ids and give token ids, and draw each completion with a seed of 
 """
 
 from collections.abc import Sequence
+from pathlib import Path
 from typing import Any, Protocol, runtime_checkable
 
 import torch
+from huggingface_hub import snapshot_download
 from peft import PeftConfig, PeftModel
 from transformers import AutoConfig, GenerationConfig, PreTrainedModel, PreTrainedTokenizerBase
 
@@ -94,7 +96,9 @@ class VllmBackend:
             ) from error
         settings, self.lora_request = {"revision": revision, **(init_kwargs or {})}, None
         if adapter := adapter_config(model, revision):
-            self.lora_request = LoRARequest("adapter", 1, model)
+            # The request knows no revision: vLLM would take the newest one.
+            folder = model if Path(model).exists() else snapshot_download(model, revision=revision)
+            self.lora_request = LoRARequest("adapter", 1, folder)
             rank = 1 << max(3, (adapter.r - 1).bit_length())  # vLLM takes powers of two from 8 on
             settings |= {"enable_lora": True, "max_lora_rank": rank, "revision": adapter.revision}
             model = str(adapter.base_model_name_or_path)

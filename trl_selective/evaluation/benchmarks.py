@@ -21,7 +21,6 @@ AVG_32 = SamplingProtocol(
     num_samples=32, temperature=0.6
 )  # exams of 30 to 83 problems, which one sample each would leave to chance
 
-SCIENTIFIC = re.compile(r"(?<![\w.])(-?[\d.]+)[eE]\+?(-?\d+)\b")
 MATH = "Please reason step by step, and put your final answer within \\boxed{}."
 CHOICE = "Please reason step by step, and put the letter of the right option within \\boxed{}."
 
@@ -62,13 +61,13 @@ def plain(prompt: str, answer: str) -> dict[str, Any]:
 
 
 def minerva(row: Row, index: int) -> tuple[str, str]:
-    """Math-Verify reads `2e33` as 2 times e times 33."""
-    return row["question"], SCIENTIFIC.sub(r"\1 \\times 10^{\2}", row["answer"])
+    """Some answers are written as Python writes them: `np.arcsin(10/13)`, `-1./3`."""
+    return row["question"], re.sub(r"(?<=\d)\.(?=/)", "", row["answer"].replace("np.", "\\"))
 
 
 def olympiad(row: Row, index: int) -> tuple[str, str]:
-    """Several answers of one problem are given as one list."""
-    return row["question"], ", ".join(answer.strip().strip("$") for answer in row["final_answer"])
+    """Several answers of one problem are given as one list; some have dollars inside, and a full stop."""
+    return row["question"], ", ".join(answer.strip().rstrip(".").replace("$", "") for answer in row["final_answer"])
 
 
 def gpqa(row: Row, index: int) -> tuple[str, str]:
