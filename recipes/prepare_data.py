@@ -14,7 +14,6 @@ complete.
 """
 
 import json
-import os
 import sys
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator
@@ -30,6 +29,7 @@ from tqdm.auto import tqdm
 from transformers import AutoTokenizer
 
 from trl_selective.boxed_answers import last_boxed
+from trl_selective.resuming import replacing
 
 DATASETS = {
     "math": "DigitalLearningGmbH/MATH-lighteval",
@@ -199,18 +199,14 @@ def write(rows: Iterable[dict], path: Path) -> int:
         ValueError: if there is no row.
     """
     path.parent.mkdir(parents=True, exist_ok=True)
-    partial = path.with_name(path.name + ".partial")
     number = 0
-    try:
+    with replacing(path) as partial:
         with partial.open("w", encoding="utf-8") as file:
             for row in rows:
                 file.write(json.dumps(row, ensure_ascii=False) + "\n")
                 number += 1
         if not number:
             raise ValueError(f"No row is left for {path}: it was not written. Look at dataset_name and its columns.")
-        os.replace(partial, path)
-    finally:
-        partial.unlink(missing_ok=True)
     return number
 
 
