@@ -56,6 +56,7 @@ def test_the_papers_arithmetic(path):
         0,
     )
     assert args.max_completion_length == 8192
+    assert (args.weight_decay, args.lr_scheduler_type) == (0.01, "constant")
 
     rows = args.per_device_train_batch_size * args.steps_per_generation
     assert rows % args.num_generations == 0
