@@ -4,6 +4,13 @@ from tests.mutations.mutation import mutations
 
 INJECTION = [
     *mutations(
+        "experts/completions.py",
+        ('return "\\n" if adds_blank else ""', 'return ""', "a blank comes between prompt and completion"),
+        ("ids[len(lead) :] if ids[: len(lead)] == lead", "ids if ids[: len(lead)] == lead", "what is read before a completion comes along"),
+        ("[*ids, self.eos_token_ids[0]] if end is None", "ids if end is None", "a completion without an end stays without"),
+        ("self.tokenizer.convert_tokens_to_ids(last) not in self.eos_token_ids", "False", "two ends are learnt without a word"),
+    ),
+    *mutations(
         "injection.py",
         ("range(self.process_index * number, (self.process_index + 1) * number)", "range(number)", "all processes take the first groups"),
         ("(group - self.own_groups.start) * self", "group * self", "rows of a process counted from the first process"),
