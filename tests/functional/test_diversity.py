@@ -46,6 +46,14 @@ def test_pass_at_k_names_a_wrong_count(c):
         pass_at_k(4, c, 2)
 
 
+def test_one_problem_out_of_range_is_enough():
+    for num_correct in ([1, -1], [5, 1]):
+        with pytest.raises(ValueError, match=r"num_correct must lie in \[0, num_samples\]"):
+            pass_at_k(4, torch.tensor(num_correct), 2)
+    with pytest.raises(ValueError, match="got k = 3 and num_samples = 2"):
+        pass_at_k(torch.tensor([4, 2]), 1, 3)
+
+
 def test_distinct_n():
     assert distinct_n([[1, 2, 1, 2]]) == pytest.approx(2 / 3)  # 12, 21, 12
     assert distinct_n([[1, 2, 1, 2]], n=1) == pytest.approx(2 / 4)

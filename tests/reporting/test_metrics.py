@@ -51,6 +51,32 @@ def test_rollout_metrics():
     )
 
 
+@pytest.mark.parametrize("nobody_ends", [False, True])
+def test_policy_metrics(nobody_ends):
+    rewards = torch.tensor([[0.0, 1.0], [0.5, 0.5]])
+    is_truncated = torch.tensor([True, False, False, nobody_ends]) | nobody_ends
+    metrics = policy_metrics(
+        rewards.view(-1, 1), rewards, ["answer"], torch.tensor([9, 4, 2, 6]), is_truncated, "group"
+    )
+    std = math.sqrt((0.5**2 * 2) / 3)
+    assert metrics == pytest.approx(
+        {
+            "reward": 0.5,
+            "reward_std": std,
+            "frac_reward_zero_std": 0.5,
+            "completions/mean_length": 21 / 4,
+            "completions/min_length": 2,
+            "completions/max_length": 9,
+            "completions/clipped_ratio": 1.0 if nobody_ends else 0.25,
+            "completions/mean_terminated_length": 0 if nobody_ends else 4,
+            "completions/min_terminated_length": 0 if nobody_ends else 2,
+            "completions/max_terminated_length": 0 if nobody_ends else 6,
+            "rewards/answer/mean": 0.5,
+            "rewards/answer/std": std,
+        }
+    )
+
+
 def test_importance_metrics():
     assert importance_metrics(rollout_sums(ROLLOUT), p99=2.0) == pytest.approx(
         {
