@@ -57,10 +57,8 @@ def dry_run(arguments: RecipeArguments, args: SelectiveGuidanceGRPOConfig, model
         raise ValueError("model_name_or_path is not set: give the Hub id or the folder of the policy.")
     rewards = load_rewards(arguments, args)
     check_rewards(arguments, args, rewards)
-    if arguments.dataset_name is None:
-        raise ValueError("dataset_name is not set: give a Hub id, a file or a folder.")
-    is_here = Path(arguments.dataset_name).exists()
-    found = data(arguments, args, rewards) if is_here else f"{arguments.dataset_name} is not on this machine"
+    is_elsewhere = arguments.dataset_name is not None and not Path(arguments.dataset_name).exists()
+    found = f"{arguments.dataset_name} is not on this machine" if is_elsewhere else data(arguments, args, rewards)
     num_processes = arguments.num_processes or 1
     parts = [
         "Dry run: nothing is loaded or written.",
@@ -70,7 +68,7 @@ def dry_run(arguments: RecipeArguments, args: SelectiveGuidanceGRPOConfig, model
         f"rewards: {', '.join(arguments.reward_funcs)}, weights {args.reward_weights or 'all 1'}",
         f"data: {found}",
         *memory(args, model, num_processes, arguments.memory_gib or device_gib()),
-        *([] if is_here else [f"The data was not checked: {found}."]),
+        *([f"The data was not checked: {found}."] if is_elsewhere else []),
     ]
     return "\n".join(parts)
 

@@ -7,7 +7,7 @@ from pathlib import Path
 
 from command_line import setting
 from datasets import Dataset
-from loading import ScriptArguments, choose_split, load_reward, load_splits, read_splits
+from loading import ScriptArguments, as_conversation, choose_split, load_reward, load_splits, read_splits
 
 from trl_selective.evaluation import BENCHMARKS, SamplingProtocol, as_problem
 from trl_selective.evaluation.benchmarks import MATH
@@ -133,10 +133,9 @@ def in_form(problems: Dataset, arguments: ProblemArguments) -> Dataset:
     """Text prompts as conversations, where these are asked for."""
     if arguments.system_prompt is None and not arguments.apply_chat_template:
         return problems
-    system = [] if arguments.system_prompt is None else [{"role": "system", "content": arguments.system_prompt}]
 
     def form(row: dict) -> dict:
         prompt = row["prompt"]
-        return {"prompt": [*system, {"role": "user", "content": prompt}] if isinstance(prompt, str) else prompt}
+        return {"prompt": as_conversation(prompt, arguments.system_prompt) if isinstance(prompt, str) else prompt}
 
     return problems.map(form, desc="prompts")

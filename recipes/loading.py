@@ -109,7 +109,12 @@ def as_prompt(row: dict, arguments: ScriptArguments) -> str | list[dict]:
     prompt = row[arguments.prompt_column]
     if arguments.system_prompt is None or not isinstance(prompt, str):
         return prompt
-    return [{"role": "system", "content": arguments.system_prompt}, {"role": "user", "content": prompt}]
+    return as_conversation(prompt, arguments.system_prompt)
+
+
+def as_conversation(text: str, system_prompt: str | None) -> list[dict]:
+    system = [] if system_prompt is None else [{"role": "system", "content": system_prompt}]
+    return [*system, {"role": "user", "content": text}]
 
 
 def load_tokenizer(

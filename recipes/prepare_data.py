@@ -24,7 +24,7 @@ from typing import Literal
 
 from command_line import RecipeParser, setting
 from datasets import load_dataset
-from loading import LOADERS
+from loading import LOADERS, as_conversation
 from tqdm.auto import tqdm
 from transformers import AutoTokenizer
 
@@ -154,7 +154,7 @@ def openr1_row(row: dict, count: Counter, length: Callable[[str], int], argument
 
 
 def sft_rows(row: dict, system_prompt: str) -> Iterator[dict]:
-    prompt = [{"role": "system", "content": system_prompt}, {"role": "user", "content": row["problem"]}]
+    prompt = as_conversation(row["problem"], system_prompt)
     for completion in row["expert_completions"]:
         yield {"prompt": prompt, "completion": [{"role": "assistant", "content": completion}]}
 
