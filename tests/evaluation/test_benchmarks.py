@@ -54,6 +54,7 @@ def test_scientific_notation_of_minerva(answer, right):
         ("minerva", "-3./2", "-1.5"),
         ("olympiadbench", [r"$(-\infty, 0) \cup\{1\}$."], r"(-\infty,0)\cup\{1\}"),
         ("olympiadbench", ["$2$", "-2"], "-2, 2"),
+        ("olympiadbench", ["$x+1$,$x-1$."], "x-1, x+1"),
     ],
 )
 def test_answers_of_the_files_that_are_written_otherwise(name, answer, right):

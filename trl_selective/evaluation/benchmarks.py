@@ -66,8 +66,8 @@ def minerva(row: Row, index: int) -> tuple[str, str]:
 
 
 def olympiad(row: Row, index: int) -> tuple[str, str]:
-    """Several answers of one problem are given as one list; some have dollars inside, and a full stop."""
-    return row["question"], ", ".join(answer.strip().rstrip(".").replace("$", "") for answer in row["final_answer"])
+    """Several answers of one problem are given as one list."""
+    return row["question"], ", ".join(answer.strip().strip("$") for answer in row["final_answer"])
 
 
 def gpqa(row: Row, index: int) -> tuple[str, str]:
