@@ -187,6 +187,8 @@ SAMPLING = [
         ),
         ("or attention_mask.shape[1] > 1", "", "heads with masks of their own get the first one's"),
         (" or not is_known", "", "a bias of positions is left out"),
+        ("cache(_mask_of_group)", "_mask_of_group", "a mask is made anew in each layer"),
+        ("masked_fill(~mask,", "masked_fill(mask,", "what is not to be seen is seen, and nothing else"),
         tests=("sampling/test_grouped_attention.py",),
     ),
     *mutations(
@@ -218,6 +220,12 @@ SAMPLING = [
         ("- behind + steps - 1)", "- behind + steps)", "positions off by one"),
         ("position_ids[:, -1:] + 1, ", "position_ids[:, -1:] + 2, ", "drafts skip a position"),
         ("self.lengths + block_mask.sum(-1)", "self.lengths + block_mask.shape[1]", "holes count as text"),
+        (
+            "self.show(self.keys.shape[2])  # of the new",
+            "pass  # of the new",
+            "a cache that grew holds its old memory, too",
+        ),
+        ("num_columns // 4), self.max_columns))", "num_columns // 4), num_columns + 10**9))", "room beyond what may still come"),
         ("[:, -longest:]", "[:, -longest + 1 :]", "repacking drops the first token of the longest row"),
         ("self.show(num_kept)", "self.show(self.keys.shape[2])", "a repacked cache goes on with its old length"),
         ("buffer[:, :, : old.shape[2]] = old", "buffer[:, :, :0] = old[:, :, :0]", "a cache forgets when it grows"),
@@ -231,7 +239,7 @@ SAMPLING = [
             "return",
             "positions beyond the model's table",
         ),
-        tests=("sampling/test_record.py", "sampling/test_models.py"),
+        tests=("sampling/test_record.py", "sampling/test_models.py", "sampling/test_kv.py"),
     ),
     *mutations(
         "sampling/live_rows.py",

@@ -160,7 +160,7 @@ def test_the_expert_is_waited_for_even_if_the_policy_fails(static_forwards, monk
 
 
 def test_graphs_are_for_accelerators():
-    assert type(cached_model(tiny_model(1), "policy")) is CachedModel
+    assert type(cached_model(tiny_model(1), "policy", 9)) is CachedModel
 
 
 @pytest.mark.parametrize("architecture", ARCHITECTURES)
@@ -293,7 +293,7 @@ def test_a_model_that_waits_for_the_device_is_read_plainly():
     with pytest.warns(UserWarning, match="No CUDA graph can be made of the forward of LlamaForCausalLM"):
         ours = RAMP.sample("stepwise", policy, expert, PROMPTS * 4, length=12, eos={1})
     assert ours.completion_ids == expected.completion_ids
-    assert type(cached_model(policy, "policy")) is CachedModel
+    assert type(cached_model(policy, "policy", 9)) is CachedModel
     assert torch.cuda.current_stream() == torch.cuda.default_stream()
     assert torch.rand(3, device="cuda").isfinite().all()
     torch.manual_seed(1)

@@ -85,13 +85,13 @@ def test_what_it_does_not_know_it_leaves_to_the_usual_function(mask, options, us
 
 
 def test_a_model_attends_to_the_cache_as_it_is(monkeypatch):
-    shapes = []
+    shapes, masks = [], []
     usual = torch.nn.functional.scaled_dot_product_attention
     monkeypatch.setattr(
         grouped_attention_module,
         "scaled_dot_product_attention",
-        lambda query, key, *rest, **options: (
-            shapes.append((query.shape, key.shape)) or usual(query, key, *rest, **options)
+        lambda query, key, value, mask, **options: (
+            shapes.append((query.shape, key.shape)) or masks.append(mask) or usual(query, key, value, mask, **options)
         ),
     )
     model = tiny_model(1, num_attention_heads=4, num_key_value_heads=2)
@@ -102,6 +102,8 @@ def test_a_model_attends_to_the_cache_as_it_is(monkeypatch):
     with grouped_attention():
         logits = model(ids, attention_mask=mask).logits
     assert shapes == [((1, 2, 10, 8), (1, 2, 5, 8))] * model.config.num_hidden_layers
+    assert len(masks) > len(set(map(id, masks))) == 1  # made once for all layers
+    assert masks[0].dtype == logits.dtype
     assert logits.sub(expected).abs().max() < 1e-5
 
 

@@ -40,7 +40,8 @@ class ReadingExpert:
         temperature: float,
     ):
         check_reader(expert)
-        self.model, self.device = CachedModel(expert, "expert"), next(expert.parameters()).device
+        max_tokens = max(map(len, prompt_ids)) + max_completion_length
+        self.model, self.device = CachedModel(expert, "expert", max_tokens), next(expert.parameters()).device
         self.vocab_size, self.pad_token_id, self.temperature = vocab_size, pad_token_id, temperature
         self.rows = list(range(len(prompt_ids)))  # which are in the cache, in order
         self._read_prompts(prompt_ids, max_completion_length)

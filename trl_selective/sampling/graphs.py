@@ -34,10 +34,10 @@ _UNCAPTURABLE: WeakSet[nn.Module] = WeakSet()
 _WARM: WeakKeyDictionary[nn.Module, set[tuple]] = WeakKeyDictionary()
 
 
-def cached_model(model: nn.Module, name: str) -> CachedModel:
-    """The model with a cache, and with graphs where it can have them."""
+def cached_model(model: nn.Module, name: str, max_tokens: int) -> CachedModel:
+    """The model with a cache (`CachedModel`), and with graphs where it can have them."""
     can_have_graphs = next(model.parameters()).is_cuda and model not in _UNCAPTURABLE and has_static_forward(model)
-    return GraphedModel(model, name) if can_have_graphs else CachedModel(model, name)
+    return (GraphedModel if can_have_graphs else CachedModel)(model, name, max_tokens)
 
 
 def has_static_forward(model: nn.Module) -> bool:
@@ -68,8 +68,8 @@ def rope_types(config: PretrainedConfig) -> set[str | None]:
 class GraphedModel(CachedModel):
     """A `CachedModel` that reads blocks of up to `MAX_TOKENS` tokens by CUDA graphs. On a CPU it does all the same, but for the graphs."""
 
-    def __init__(self, model: nn.Module, name: str):
-        super().__init__(model, name)
+    def __init__(self, model: nn.Module, name: str, max_tokens: int):
+        super().__init__(model, name, max_tokens)
         self._static: StaticForward | None = None
 
     def read(self, token_ids, attention_mask, position_ids, num_logits):

@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from transformers import DynamicCache, PretrainedConfig, PreTrainedModel
 from transformers.cache_utils import DynamicLayer, DynamicSlidingWindowLayer
 
-ROOM = 256  # columns that a cache grows by, or by a quarter of its own, if that is more
+ROOM = 256  # columns that a cache grows by, or by a quarter of its own, if that is more, but not beyond what is needed at most
 STEP = 64  # of which room is a multiple: kernels read rows whose ends are aligned, and there are fewer shapes
 REPACK_ABOVE = 1.25  # columns per token of the longest row, beyond which a repack pays
 COUNT_COLUMNS = (
@@ -77,11 +77,18 @@ def _parameters(model: nn.Module) -> Mapping[str, inspect.Parameter]:
 class RoomyLayer(DynamicLayer):
     """Keys and values of one layer with room for more: new tokens are written behind the text, which `DynamicLayer` copies each time.
 
+    Args:
+        max_columns: room for more is made only when it is used.
+
     Attributes:
         columns: where the next tokens are written, on the device; all columns are returned then, with or without text. None: behind the text.
     """
 
     columns: Int[Tensor, "new"] | None = None
+
+    def __init__(self, max_columns: int):
+        super().__init__()
+        self.max_columns = max_columns
 
     def lazy_initialization(self, key_states: Tensor, value_states: Tensor) -> None:
         super().lazy_initialization(key_states, value_states)
@@ -114,12 +121,13 @@ class RoomyLayer(DynamicLayer):
     def reserve(self, num_columns: int) -> None:
         """Make room for this many columns, and for more if there is none. What is not text is 0, so that it can be masked out."""
         if num_columns > self.room:
-            grown = num_columns + max(ROOM, num_columns // 4)
+            grown = max(num_columns, min(num_columns + max(ROOM, num_columns // 4), self.max_columns))
             grown += -grown % STEP
             longer = [b.new_zeros(*b.shape[:2], grown, b.shape[3]) for b in self._buffers]
             for buffer, old in zip(longer, self._buffers, strict=True):
                 buffer[:, :, : old.shape[2]] = old
             self._buffers = longer
+            self.show(self.keys.shape[2])  # of the new ones: the old ones are free
 
     def show(self, num_columns: int) -> None:
         """Count these columns as text."""
@@ -144,6 +152,11 @@ class RoomyLayer(DynamicLayer):
 class CachedModel:
     """A causal language model with the cache of the rows it is reading.
 
+    Args:
+        model: the model.
+        name: what it is to its reader: "policy" or "expert".
+        max_tokens: that a row has in the end, prompt and completion.
+
     Attributes:
         can_forget: whether columns may be masked out or removed (`can_forget_tokens`).
         num_prepared: forwards so far that took longer than others, because they were the first of their kind.
@@ -151,13 +164,13 @@ class CachedModel:
 
     num_prepared = 0
 
-    def __init__(self, model: nn.Module, name: str):
+    def __init__(self, model: nn.Module, name: str, max_tokens: int):
         self.model, self.name = model, name
         self.cache: Any = None  # a transformers cache; where the model has a kind of its own, once something was read
         self.can_forget = can_forget_tokens(model.config)
         if self.can_forget:
             self.cache = DynamicCache(config=model.config)
-            self.cache.layers = [RoomyLayer() for _ in self.cache.layers]
+            self.cache.layers = [RoomyLayer(int(REPACK_ABOVE * max_tokens)) for _ in self.cache.layers]
         self.takes, self.fixed, self._cache_name = optional_arguments(model), fixed_arguments(model), cache_name(model)
         self._reads_singly = loses_its_state(model.config)
 

@@ -44,8 +44,9 @@ class LiveRows:
         order = sorted(range(num_rows), key=lambda row: not is_guided[row])
         self._prompt_ids = prompt_ids
         prompt_ids = [prompt_ids[row] for row in order]
-        self.policy = cached_model(policy, "policy")
-        self.expert = NoModel() if expert is None else cached_model(expert, "expert")
+        max_tokens = max(map(len, prompt_ids)) + max_completion_length
+        self.policy = cached_model(policy, "policy", max_tokens)
+        self.expert = NoModel() if expert is None else cached_model(expert, "expert", max_tokens)
         self.num_guided = sum(is_guided)
         self.pending = torch.tensor([[ids[-1]] for ids in prompt_ids], device=device)
         self.backlog = self.pending[:, :0]
