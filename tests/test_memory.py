@@ -88,20 +88,21 @@ def test_a_guided_run_by_hand():
     estimate = estimate_memory(RUN)
     assert estimate.always == {"policy": 2000, "optimizer": 4000, "expert": 6000}
     assert estimate.rollouts == {
-        "cache of the policy": 12 * 100 * 32 * 2,
-        "cache of the expert": 4 * 100 * 64 * 2,
+        "cache of the policy": 12 * 125 * 32 * 2,  # 25 columns of 125 are holes or room
+        "cache of the expert": 4 * 125 * 64 * 2,
         "distributions": 2 * 12 * 50 * 4,
     }
     activations = 2 * 300 * 8 * 2 + 300 * (10 * 8 + 4 * 16) * 2  # inputs of two layers, and one layer
     assert estimate.update == {"gradients": 2000, "activations": activations, "logits": 300 * 50 * 4}
-    assert estimate.peak == max(12_000 + 76_800 + 51_200 + 4_800, 12_000 + 2_000 + activations + 60_000)
-    assert rollout_bytes_per_token(RUN) * 100 == 76_800 + 51_200
+    assert estimate.peak == max(12_000 + 96_000 + 64_000 + 4_800, 12_000 + 2_000 + activations + 60_000)
+    assert rollout_bytes_per_token(RUN) * 100 == 96_000 + 64_000
 
 
 def test_what_changes_what():
     plain = estimate_memory(replace(RUN, expert=None, guided_rows=0))
     assert set(plain.always) == {"policy", "optimizer"}
     assert "cache of the expert" not in plain.rollouts
+    assert plain.rollouts["cache of the policy"] == 12 * 100 * 32 * 2  # that of `generate` has neither
 
     offloaded = estimate_memory(replace(RUN, is_expert_offloaded=True))
     assert offloaded.rollout_peak == estimate_memory(RUN).rollout_peak
@@ -124,7 +125,7 @@ def test_what_changes_what():
 
     engine = estimate_memory(replace(RUN, engine_bytes=99))
     ours = {
-        "cache of the expert": 100 * 4 * EXPERT_SIZE.kv_values_per_token * 2,
+        "cache of the expert": 125 * 4 * EXPERT_SIZE.kv_values_per_token * 2,
         "distributions": 4 * POLICY_SIZE.vocab_size * 4,
     }
     assert (engine.always["inference engine"], engine.rollouts) == (99, ours)

@@ -12,6 +12,8 @@ from peft import PeftConfig, get_peft_model
 from torch import nn
 from transformers import AutoModelForCausalLM, PreTrainedConfig
 
+from trl_selective.sampling.kv import REPACK_ABOVE
+
 GIB = 2**30
 FLOAT32 = 4  # bytes
 HEAD_TILE = 4096  # tokens whose logits exist at once in the loss: TRL >= 1.15 projects them in tiles
@@ -202,11 +204,18 @@ def _policy_weights(run: Run) -> int:
 
 
 def _policy_cache(run: Run) -> int:
-    return run.rows * run.policy.kv_values_per_token * run.weight_bytes if run.engine_bytes is None else 0
+    rows = run.rows if run.engine_bytes is None else 0
+    return int(rows * _columns_per_token(run) * run.policy.kv_values_per_token * run.weight_bytes)
 
 
 def _expert_cache(run: Run) -> int:
-    return run.guided_rows * run.expert.kv_values_per_token * run.expert_bytes if run.expert else 0
+    values = run.expert.kv_values_per_token if run.expert else 0
+    return int(run.guided_rows * _columns_per_token(run) * values * run.expert_bytes)
+
+
+def _columns_per_token(run: Run) -> float:
+    """Of a cache, at most: guided rollouts leave holes in theirs, and keep room."""
+    return REPACK_ABOVE if run.guided_rows else 1.0
 
 
 def _expert_weights(run: Run) -> int:

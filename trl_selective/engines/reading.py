@@ -51,7 +51,7 @@ class ReadingExpert:
         ids, mask = left_pad(texts, self.pad_token_id, self.device)
         self.context = RaggedContext(mask.sum(1) + 1 + max_completion_length)
         if ids.shape[1]:
-            self.model.read(ids, *self.context.extended(mask), num_logits=1)
+            self.model.read_text(ids, *self.context.extended(mask))
             self.context.append(mask)
         self._keep(text_of)
 

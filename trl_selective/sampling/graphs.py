@@ -247,6 +247,8 @@ class StaticForward:
                 torch.cuda.graph(graph, pool=self._pool, stream=stream, capture_error_mode="thread_local"),
             ):
                 logits = self._forward(width)
+        except torch.OutOfMemoryError:
+            raise
         except RuntimeError as error:
             _UNCAPTURABLE.add(self.model)
             warnings.warn(

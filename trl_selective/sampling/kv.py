@@ -15,13 +15,15 @@ from torch import Tensor, nn
 from transformers import DynamicCache, PretrainedConfig, PreTrainedModel
 from transformers.cache_utils import DynamicLayer, DynamicSlidingWindowLayer
 
-ROOM = 256  # columns that a cache grows by, or by a quarter of its own, if that is more, but not beyond what is needed at most
+ROOM = 256  # columns that a cache grows by, or by an eighth of its own, if that is more, but not beyond what is needed at most
 STEP = 64  # of which room is a multiple: kernels read rows whose ends are aligned, and there are fewer shapes
 REPACK_ABOVE = 1.25  # columns per token of the longest row, beyond which a repack pays
 COUNT_COLUMNS = (
     "gpt_neo",
     "mpt",
 )  # model types whose local windows or ALiBi count the columns of the cache, holes included
+MAX_BLOCK = 2**15  # tokens of all rows that are read at once of texts: their activations take memory beside the cache
+MIN_WIDTH = 256  # tokens of a row in such a block, at least
 OPTIONAL_ARGUMENTS = {"position_ids", "logits_to_keep"}  # passed to a model's forward where it takes them
 
 
@@ -121,7 +123,7 @@ class RoomyLayer(DynamicLayer):
     def reserve(self, num_columns: int) -> None:
         """Make room for this many columns, and for more if there is none. What is not text is 0, so that it can be masked out."""
         if num_columns > self.room:
-            grown = max(num_columns, min(num_columns + max(ROOM, num_columns // 4), self.max_columns))
+            grown = max(num_columns, min(num_columns + max(ROOM, num_columns // 8), self.max_columns))
             grown += -grown % STEP
             longer = [b.new_zeros(*b.shape[:2], grown, b.shape[3]) for b in self._buffers]
             for buffer, old in zip(longer, self._buffers, strict=True):
@@ -213,6 +215,20 @@ class CachedModel:
             )
         return output.logits[:, -num_logits:]
 
+    def read_text(
+        self,
+        token_ids: Int[Tensor, "rows new"],
+        attention_mask: Int[Tensor, "rows new"],
+        position_ids: Int[Tensor, "rows new"],
+    ) -> None:
+        """Begin the cache with `token_ids`, which may be many."""
+        num_rows, num_new = token_ids.shape
+        num_blocks = -(-num_new // max(MIN_WIDTH, MAX_BLOCK // num_rows)) if self.can_forget else 1
+        end = 0
+        for ids in token_ids.tensor_split(num_blocks, dim=1):
+            start, end = end, end + ids.shape[1]
+            self.read(ids, attention_mask[:, :end], position_ids[:, start:end], num_logits=1)
+
     def begin(
         self,
         token_ids: Int[Tensor, "rows new"],
@@ -242,7 +258,7 @@ class NoModel:
     can_forget = True
     num_prepared = 0
 
-    def read(self, *block, **options) -> None: ...
+    def read_text(self, *block) -> None: ...
 
     def keep_rows(self, rows: Int[Tensor, "kept"]) -> None: ...
 

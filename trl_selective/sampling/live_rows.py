@@ -1,6 +1,8 @@
 """The rows that are still being written. Finished rows leave the batch, and both caches with it: they cost nothing more."""
 
+import warnings
 from collections.abc import Callable, Collection, Sequence
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -11,6 +13,24 @@ from trl_selective.rollout import GuidedRollout
 from trl_selective.sampling.draw import position_noise
 from trl_selective.sampling.graphs import cached_model
 from trl_selective.sampling.kv import CachedModel, NoModel, RaggedContext, distinct_texts, left_pad
+
+
+@dataclass(frozen=True)
+class Stop:
+    """Where rows stand between two tokens: with the record, enough to go on from.
+
+    Attributes:
+        row: (rows,) which rows of the record, guided ones first.
+        position: (rows,) tokens drawn of each.
+        num_behind: how many of the last tokens before the pending one the expert has not read.
+    """
+
+    row: Tensor
+    position: Tensor
+    num_behind: int
+
+    def halves(self) -> list["Stop"]:
+        return [Stop(self.row[first::2], self.position[first::2], self.num_behind) for first in (0, 1)]
 
 
 class LiveRows:
@@ -41,16 +61,8 @@ class LiveRows:
     ):
         device = next(policy.parameters()).device
         num_rows = len(prompt_ids)
-        order = sorted(range(num_rows), key=lambda row: not is_guided[row])
-        self._prompt_ids = prompt_ids
-        prompt_ids = [prompt_ids[row] for row in order]
-        max_tokens = max(map(len, prompt_ids)) + max_completion_length
-        self.policy = cached_model(policy, "policy", max_tokens)
-        self.expert = NoModel() if expert is None else cached_model(expert, "expert", max_tokens)
-        self.num_guided = sum(is_guided)
-        self.pending = torch.tensor([[ids[-1]] for ids in prompt_ids], device=device)
-        self.backlog = self.pending[:, :0]
-        self.position = torch.zeros(num_rows, dtype=torch.long, device=device)
+        self._models, self._prompt_ids, self._pad_token_id = (policy, expert), prompt_ids, pad_token_id
+        self._is_guided = is_guided
         self.num_drafted = 0
 
         self._expert_has_read = False  # the pending tokens
@@ -58,8 +70,12 @@ class LiveRows:
         self._max_length = max_completion_length
         self._eos_token_ids = torch.tensor(sorted(eos_token_ids), dtype=torch.long, device=device)
         self._noise = position_noise(num_rows, max_completion_length, device)
-        self._row = torch.tensor(order, device=device)  # which row of the record each live row is
-        self._lengths = torch.zeros_like(self._row)
+        order = torch.tensor(sorted(range(num_rows), key=lambda row: not is_guided[row]), device=device)
+        self._waiting = [Stop(order, torch.zeros_like(order), num_behind=0)]
+        self._row = order[:0]  # which row of the record each live row is
+        self.position = order[:0]
+        self.pending = self.backlog = order[:0, None]
+        self._lengths = torch.zeros_like(order)
         # One column more than there are positions: drafts beyond the last position are written there, and never read.
         shape = (num_rows, max_completion_length + 1)
         self._record = {
@@ -70,23 +86,67 @@ class LiveRows:
             "entropies": torch.zeros(shape, device=device),
             "expert_drawn": torch.zeros(shape, dtype=torch.bool, device=device),
         }
-        self.context = self._read_prompts(prompt_ids, pad_token_id)
 
-    def _read_prompts(self, prompt_ids: Sequence[Sequence[int]], pad_token_id: int) -> RaggedContext:
-        """The models read the prompts of their rows up to the last tokens, and each text but once."""
-        device = self.pending.device
-        texts, text_of = distinct_texts(prompt_ids)
-        ids, mask = left_pad(texts, pad_token_id, device)
-        context = RaggedContext(mask.sum(1) + 1 + self._max_length)
+    @property
+    def are_done(self) -> bool:
+        """Whether all rows have ended."""
+        return not len(self) and not self._waiting
+
+    def advance(self, step: Callable[[], None]) -> None:
+        """Let `step` draw and commit tokens of live rows. Where memory does not suffice for all of them, half of them wait until the others have
+        ended: a token depends on its text and its own numbers alone (`draw.py`), so that no row changes by it, but for rounding.
+
+        Raises:
+            torch.OutOfMemoryError: if it does not suffice for a single row.
+        """
+        stop = Stop(self._row, self.position, self.backlog.shape[1]) if len(self) else self._waiting.pop()
+        try:
+            if not len(self):
+                self._go_on_from(stop)
+            step()
+            return
+        except torch.OutOfMemoryError:
+            if len(stop.row) == 1:
+                raise
+        # Only here, where the exception is gone, is the memory free that its frames held.
+        warnings.warn(
+            f"Out of memory with {len(stop.row)} rollouts drawn at once: half of them wait until the others have ended. The rollouts are the same, "
+            "but take longer. Fewer are drawn at once with a smaller per_device_train_batch_size or steps_per_generation; with use_vllm=True "
+            "vLLM sees to it.",
+            stacklevel=2,
+        )
+        if stop.row.is_cuda:
+            torch.cuda.synchronize(stop.row.device)  # what was begun aside is done with the caches
+        self._row = self._row[:0]
+        self._waiting += stop.halves()
+
+    def _go_on_from(self, stop: Stop) -> None:
+        """Rows become live: the models read their texts up to the last tokens, and each text but once."""
+        rows, device = stop.row.tolist(), stop.row.device
+        policy, expert = self._models
+        max_lengths = [len(self._prompt_ids[row]) + self._max_length for row in rows]
+        self.policy = cached_model(policy, "policy", max(max_lengths))
+        self.expert = NoModel() if expert is None else cached_model(expert, "expert", max(max_lengths))
+        self._row, self.position, self._expert_has_read = stop.row, stop.position, False
+        self.num_guided = sum(self._is_guided[row] for row in rows)
+
+        written = self._written(stop.row, stop.position)
+        texts, text_of = distinct_texts(written)
+        ids, mask = left_pad(texts, self._pad_token_id, device)
+        context = RaggedContext(mask.sum(1) + 1)
+        num_read = ids.shape[1] - stop.num_behind
         if ids.shape[1]:
-            mask_and_positions = context.extended(mask)
-            self.policy.read(ids, *mask_and_positions, num_logits=1)
-            if num := len(set(text_of[: self.num_guided])):  # the first ones
-                guided_mask, guided_positions = (part[:num] for part in mask_and_positions)
-                self.expert.read(ids[:num], guided_mask, guided_positions, num_logits=1)
+            block = ids, *context.extended(mask)
+            self.policy.read_text(*block)
+            num_texts = len(set(text_of[: self.num_guided]))  # the first ones
+            if num_texts and num_read:
+                self.expert.read_text(*(part[:num_texts, :num_read] for part in block))
             context.append(mask)
-        self._keep_rows(torch.tensor(text_of, device=device), context)
-        return context
+        index = torch.tensor(text_of, device=device)
+        self._keep_rows(index, context)
+        self.context, self.context.max_lengths = context, torch.tensor(max_lengths, device=device)
+        self.pending = torch.tensor([[text[-1]] for text in written], device=device)
+        self.backlog = ids[index, num_read:]
 
     def _keep_rows(self, rows: Int[Tensor, "kept"], context: RaggedContext) -> None:
         """Of context and caches, whose guided rows are to be the first `num_guided` of these."""
@@ -172,11 +232,15 @@ class LiveRows:
     def texts(self, rows: Sequence[int]) -> list[list[int]]:
         """Prompts and completions so far of these live rows, for an expert that reads them elsewhere: one forward each."""
         self._expert_forwards += len(rows)
-        lengths, numbers = self.position[rows].tolist(), self._row[rows].tolist()
-        completions = self._record["completion_ids"][numbers].tolist()
+        return self._written(self._row[rows], self.position[rows])
+
+    def _written(self, row: Int[Tensor, "rows"], position: Int[Tensor, "rows"]) -> list[list[int]]:
+        """Prompts and completions up to these positions."""
+        lengths = position.tolist()
+        completions = self._record["completion_ids"][:, : max(lengths)][row].tolist()
         return [
             [*self._prompt_ids[number], *completion[:length]]
-            for number, completion, length in zip(numbers, completions, lengths, strict=True)
+            for number, completion, length in zip(row.tolist(), completions, lengths, strict=True)
         ]
 
     def commit(self, count: Int[Tensor, "live"], completion_ids: Int[Tensor, "live num"], **record: Tensor) -> None:

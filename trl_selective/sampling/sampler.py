@@ -2,6 +2,7 @@
 
 from abc import ABC, abstractmethod
 from collections.abc import Collection, Sequence
+from functools import partial
 
 import torch
 from jaxtyping import Float, Int
@@ -122,8 +123,8 @@ class GuidedSampler(ABC):
             eos_token_ids,
             is_guided,
         )
-        while len(live):
-            self._advance(live, entropy_threshold, temperature)
+        while not live.are_done:
+            live.advance(partial(self._advance, live, entropy_threshold, temperature))
         return live.to_rollout()
 
     @abstractmethod
