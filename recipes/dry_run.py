@@ -301,11 +301,11 @@ def fit(run: Run, name: str, gib: float) -> str:
     if not (per_token := rollout_bytes_per_token(run)):
         return f"{name}: fits into {gib:.0f} GiB."
     tokens = int(room // per_token)
-    until = (
-        "at full length"
-        if tokens >= run.row_tokens
-        else f"while the rows still being written have up to {tokens} tokens"
-    )
+    until = "at full length"
+    if tokens < run.row_tokens:
+        until = f"while the rows still being written have up to {tokens} tokens"
+        if run.guided_rows and run.engine_bytes is None:
+            until += ", then half of them wait"
     return f"{name}: fits into {gib:.0f} GiB {until} ({1000 * per_token / GIB:.1f} GiB per 1000 tokens of all {run.rows} rows)."
 
 

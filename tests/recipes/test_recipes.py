@@ -19,7 +19,7 @@ from trl_selective.memory import GIB, estimate_memory, model_size
 
 RECIPES = QUICKSTART.parent
 sys.path.insert(0, str(RECIPES))
-from dry_run import ARCHITECTURES, dry_run, find_config, plan  # noqa: E402
+from dry_run import ARCHITECTURES, dry_run, find_config, fit, plan  # noqa: E402
 from selective_grpo import parse  # noqa: E402
 
 METHODS = ("grpo", "luffy", "mentor", "mentor_corrected", "selective")
@@ -243,8 +243,19 @@ def test_data_that_was_not_checked_is_the_last_word():
     )
 
 
-def test_a_device_may_be_named(monkeypatch):
+def test_a_device_may_be_named():
     assert "no sharding: does not fit into 6 GiB." in dry_run(*parsed(LORA, "--memory_gib", "6"))
+
+
+def test_where_rollouts_outgrow_the_device_half_of_the_guided_ones_wait():
+    run = plan(*parsed(LORA)[1:], gib=80)
+    assert re.search(
+        r"^one: fits into 12 GiB while .* up to 933 tokens, then half of them wait \(4", fit(run, "one", 12)
+    )
+    plain = replace(run, expert=None, guided_rows=0)
+    assert re.search(r"^one: fits into 8 GiB while .* up to \d+ tokens \(", fit(plain, "one", 8))
+    engine = replace(run, engine_bytes=GIB, guided_rows=96)
+    assert re.search(r"^one: fits into 12 GiB while .* up to \d+ tokens \(", fit(engine, "one", 12))
 
 
 # ---- The LoRA recipe, trained ----------------------------------------------------------------------------------------------------------
