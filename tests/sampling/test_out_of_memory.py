@@ -10,7 +10,7 @@ import torch
 
 from tests.models import MINDFUL, tiny_model
 from tests.sampling.reference import PROMPTS, Guidance, assert_recorded
-from trl_selective.sampling import kv, live_rows
+from trl_selective.sampling import graphs, kv, live_rows
 from trl_selective.sampling.graphs import GraphedModel
 from trl_selective.sampling.live_rows import LiveRows
 
@@ -169,6 +169,27 @@ def test_long_texts_are_read_in_blocks(kind, monkeypatch):
         rollout = draw(kind, RAMP, models)
     assert asked[:2] == [3 * 2, 3 * 4]  # three texts of up to four tokens
     assert_recorded(rollout, *models, ROWS, RAMP)
+
+
+# On an accelerator.
+
+
+@pytest.mark.gpu
+def test_a_capture_without_memory_is_tried_again():
+    policy, expert = (tiny_model(seed).cuda() for seed in (1, 2))
+    expected = draw("stepwise", RAMP, (policy, expert))
+    failed = []
+
+    def fail_once(*_):
+        if torch.cuda.is_current_stream_capturing() and not failed:
+            failed.append(True)
+            raise torch.OutOfMemoryError("out of memory")
+
+    policy.model.norm.register_forward_pre_hook(fail_once)
+    with pytest.warns(UserWarning, match=OUT_OF_MEMORY):
+        rollout = draw("stepwise", RAMP, (policy, expert))
+    assert_same(rollout, expected)
+    assert policy not in graphs._UNCAPTURABLE
 
 
 @pytest.mark.gpu

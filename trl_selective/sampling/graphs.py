@@ -247,9 +247,10 @@ class StaticForward:
                 torch.cuda.graph(graph, pool=self._pool, stream=stream, capture_error_mode="thread_local"),
             ):
                 logits = self._forward(width)
-        except torch.OutOfMemoryError:
-            raise
         except RuntimeError as error:
+            for cause in (error, error.__context__):  # the end of a capture that ran out of memory may fail as well
+                if isinstance(cause, torch.OutOfMemoryError):
+                    raise cause from None
             _UNCAPTURABLE.add(self.model)
             warnings.warn(
                 f"No CUDA graph can be made of the forward of {type(self.model).__name__} ({str(error).splitlines()[0]}). Guided rollouts take "

@@ -36,7 +36,8 @@ class Stop:
 class LiveRows:
     """The live rows of one call of `GuidedSampler.sample` (terms as defined there), and the record of all rows.
 
-    Guided rows come first: the expert reads these alone.
+    Guided rows come first: the expert reads these alone. All rows wait until the first `advance`, and are live from then on, unless memory runs
+    out.
 
     Attributes:
         policy, expert: the models with their caches of the live rows, of the guided ones in the case of the expert. An expert that is None
@@ -108,7 +109,7 @@ class LiveRows:
         except torch.OutOfMemoryError:
             if len(stop.row) == 1:
                 raise
-        # Only here, where the exception is gone, is the memory free that its frames held.
+        # Here the exception is gone, and with it what its frames held.
         warnings.warn(
             f"Out of memory with {len(stop.row)} rollouts drawn at once: half of them wait until the others have ended. The rollouts are the same, "
             "but take longer. Fewer are drawn at once with a smaller per_device_train_batch_size or steps_per_generation; with use_vllm=True "
