@@ -15,6 +15,7 @@ from datasets import Dataset
 from peft import LoraConfig
 from transformers import AutoModelForCausalLM, AutoTokenizer, GenerationMixin, GPT2Config, Qwen2Config
 
+from tests.sampling.test_out_of_memory import memory_for
 from tests.training import EXPERT, POLICY, QUICKSTART, filler_reward, length_reward, make_trainer, path_dataset
 from trl_selective import SelectiveGuidanceGRPOConfig, SelectiveGuidanceGRPOTrainer
 from trl_selective.experts import on_device
@@ -663,6 +664,19 @@ def test_two_processes_agree_on_threshold_and_parameters(tmp_path):
     guided = [row for row in rows if row["kind"] == "guided"]
     assert len(guided) == 8
     assert all("".join(row["tokens"]).removesuffix(" <eos>") == row["completion"] for row in guided)
+
+
+def test_a_run_goes_on_where_memory_runs_out_for_its_rollouts(tmp_path):
+    whole = trained(tmp_path / "whole")
+    expert = AutoModelForCausalLM.from_pretrained(EXPERT)
+    init = {"expert_processing_class": AutoTokenizer.from_pretrained(EXPERT)}
+    with memory_for(160, expert) as asked, pytest.warns(UserWarning, match="half of them wait"):
+        halved = trained(tmp_path / "halved", expert_model=expert, init=init)
+    assert sum(cells > 160 for cells in asked) >= 3  # in each step
+    for ours, theirs in zip(halved.outputs, whole.outputs, strict=True):
+        assert torch.equal(ours["completion_ids"], theirs["completion_ids"])
+    losses = (logged(trainer, "loss") for trainer in (halved, whole))
+    assert next(losses) == pytest.approx(next(losses), abs=1e-5)
 
 
 @pytest.mark.gpu
