@@ -195,7 +195,7 @@ def test_a_capture_without_memory_is_tried_again():
 @pytest.mark.gpu
 @pytest.mark.parametrize("kind", ["stepwise", "coin", 4])
 def test_on_an_accelerator(kind):
-    """Caches of 512 rows with 256 tokens, of which each takes 4 KiB, where there are 300 MiB for them."""
+    """Caches of 510 rows with 256 tokens, each of them 4 KiB, where there are 300 MiB for both models."""
     sizes = {"hidden_size": 256, "intermediate_size": 256, "num_attention_heads": 4, "num_key_value_heads": 4}
     models = [tiny_model(seed, **sizes, head_dim=64, max_position_embeddings=512).cuda() for seed in (1, 2)]
     for weight in (weight for model in models for weight in model.parameters()):

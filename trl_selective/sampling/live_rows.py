@@ -66,7 +66,6 @@ class LiveRows:
         self._is_guided = is_guided
         self.num_drafted = 0
 
-        self._expert_has_read = False  # the pending tokens
         self._policy_forwards = self._expert_forwards = 0
         self._max_length = max_completion_length
         self._eos_token_ids = torch.tensor(sorted(eos_token_ids), dtype=torch.long, device=device)
@@ -74,8 +73,6 @@ class LiveRows:
         order = torch.tensor(sorted(range(num_rows), key=lambda row: not is_guided[row]), device=device)
         self._waiting = [Stop(order, torch.zeros_like(order), num_behind=0)]
         self._row = order[:0]  # which row of the record each live row is
-        self.position = order[:0]
-        self.pending = self.backlog = order[:0, None]
         self._lengths = torch.zeros_like(order)
         # One column more than there are positions: drafts beyond the last position are written there, and never read.
         shape = (num_rows, max_completion_length + 1)
@@ -128,7 +125,7 @@ class LiveRows:
         max_lengths = [len(self._prompt_ids[row]) + self._max_length for row in rows]
         self.policy = cached_model(policy, "policy", max(max_lengths))
         self.expert = NoModel() if expert is None else cached_model(expert, "expert", max(max_lengths))
-        self._row, self.position, self._expert_has_read = stop.row, stop.position, False
+        self._row, self.position = stop.row, stop.position
         self.num_guided = sum(self._is_guided[row] for row in rows)
 
         written = self._written(stop.row, stop.position)
@@ -145,9 +142,11 @@ class LiveRows:
             context.append(mask)
         index = torch.tensor(text_of, device=device)
         self._keep_rows(index, context)
+        # Of rows, not of texts: one text may be a prompt here, and there a prompt with a completion.
         self.context, self.context.max_lengths = context, torch.tensor(max_lengths, device=device)
         self.pending = torch.tensor([[text[-1]] for text in written], device=device)
         self.backlog = ids[index, num_read:]
+        self._expert_has_read = False  # the pending tokens
 
     def _keep_rows(self, rows: Int[Tensor, "kept"], context: RaggedContext) -> None:
         """Of context and caches, whose guided rows are to be the first `num_guided` of these."""

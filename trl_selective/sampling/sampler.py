@@ -123,8 +123,9 @@ class GuidedSampler(ABC):
             eos_token_ids,
             is_guided,
         )
+        step = partial(self._advance, live, entropy_threshold, temperature)
         while not live.are_done:
-            live.advance(partial(self._advance, live, entropy_threshold, temperature))
+            live.advance(step)
         return live.to_rollout()
 
     @abstractmethod
